@@ -1,0 +1,109 @@
+"""Ensemble: samples of one system with what is known of each. The product's file.
+
+Written as a folder: `topology.pdb` and `samples.xtc` (the layout that trajectory tools and bioemu-benchmarks read, nm
+inside) and `ensemble.npz` (everything, lossless, Å; no pickle) with the system and the recipe as JSON inside.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dig_scale.errors import UserError
+from dig_scale.system import System
+
+FORMAT_VERSION = 1
+_OPTIONAL = ("log_density", "energy", "log_weights")
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Samples [S] of `system`.
+
+    positions [S, N, 3] Å float32, index [S] sample number (with `seed` it identifies a sample for ever), log_density [S] nat,
+    energy [S] eV, log_weights [S] nat; provenance: solver, steps, seed, recipe, checkpoint hash, cost in CPU seconds.
+    """
+
+    system: System
+    positions: np.ndarray
+    index: np.ndarray
+    seed: int
+    log_density: np.ndarray | None = None
+    energy: np.ndarray | None = None
+    log_weights: np.ndarray | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = (len(self.index), self.system.n_sites, 3)
+        if self.positions.shape != expected:
+            raise UserError(f"ensemble of {self.system.name!r}: positions {self.positions.shape}, expected {expected}")
+        for name in _OPTIONAL:
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.index):
+                raise UserError(
+                    f"ensemble of {self.system.name!r}: {name} has {len(values)} of {len(self.index)} entries"
+                )
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples S."""
+        return len(self.index)
+
+
+def ensemble_bytes(ensemble: Ensemble) -> bytes:
+    """The ensemble as the bytes of its .npz file."""
+    arrays = {name: getattr(ensemble, name) for name in _OPTIONAL if getattr(ensemble, name) is not None}
+    header = {"format_version": FORMAT_VERSION, "seed": ensemble.seed, "provenance": ensemble.provenance}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        positions=ensemble.positions.astype(np.float32),
+        index=ensemble.index.astype(np.int64),
+        system=np.frombuffer(ensemble.system.to_json().encode(), np.uint8),
+        header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+        **arrays,
+    )
+    return buffer.getvalue()
+
+
+def write_ensemble_file(ensemble: Ensemble, path: Path) -> Path:
+    """Write the .npz atomically (temporary file, fsync, rename) and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(ensemble_bytes(ensemble))
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    return path
+
+
+def read_ensemble(source: Path) -> Ensemble:
+    """Ensemble from its .npz or from the folder that holds it; raises UserError naming the file."""
+    path = source / "ensemble.npz" if source.is_dir() else source
+    if not path.is_file():
+        raise UserError(f"no ensemble at {path}: run `dig-scale sample` first or give the folder it wrote")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not an ensemble file: {error}") from error
+    header = json.loads(arrays["header"].tobytes())
+    if header.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: ensemble format {header.get('format_version')!r}, this version reads {FORMAT_VERSION}"
+        )
+    return Ensemble(
+        system=System.from_json(arrays["system"].tobytes().decode()),
+        positions=arrays["positions"],
+        index=arrays["index"],
+        seed=header["seed"],
+        provenance=header["provenance"],
+        **{name: arrays[name] for name in _OPTIONAL if name in arrays},
+    )
