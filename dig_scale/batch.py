@@ -18,7 +18,7 @@ from dig_scale.tree import tree_to
 
 @dataclass(frozen=True)
 class State:
-    """Fields that diffuse: positions [B,N,3] Å, rotations [B,N,3,3], fractional [B,N,3], lattice [B,3,3] Å; some may be None."""
+    """Fields that diffuse, or None: positions [B,N,3] Å, rotations [B,N,3,3], fractional [B,N,3], lattice [B,3,3] Å."""
 
     positions: Tensor | None = None
     rotations: Tensor | None = None
@@ -40,8 +40,9 @@ class Score:
 class Context:
     """Static features of the system(s), the same at every noise level.
 
-    present, mobile [b,N]; element, degree, environment [b,N] integer codes; pair_segment, path_length, bond_order [b,N,N]
-    integer codes; pair_reference [b,N,N] Å reference distances; extent [b] Å, root-mean-square coordinate of the reference.
+    present, mobile [b,N]; element, degree, environment [b,N] integer codes; pair_segment, path_length, bond_order
+    [b,N,N] integer codes; pair_reference [b,N,N] reference distances in Å; extent [b] in Å, the root-mean-square
+    coordinate of the reference.
     """
 
     present: Tensor

@@ -111,7 +111,7 @@ class Model(Section):
 
 
 class Diffusion(Section):
-    """Forward process. `dig-sigmoid` is DiG's discrete VP schedule; `log-linear` and `power` are continuous-time VP ones."""
+    """Forward process: `dig-sigmoid` is DiG's discrete VP schedule, `log-linear` and `power` are continuous-time."""
 
     schedule: Literal["dig-sigmoid", "log-linear", "power"] = "power"
     steps: PositiveInt = 500

@@ -19,6 +19,7 @@ from dig_scale.errors import UserError
 from dig_scale.system import System
 
 FORMAT_VERSION = 1
+FILE_NAME = "ensemble.npz"
 _OPTIONAL = ("log_density", "energy", "log_weights")
 
 
@@ -86,7 +87,7 @@ def write_ensemble_file(ensemble: Ensemble, path: Path) -> Path:
 
 def read_ensemble(source: Path) -> Ensemble:
     """Ensemble from its .npz or from the folder that holds it; raises UserError naming the file."""
-    path = source / "ensemble.npz" if source.is_dir() else source
+    path = source / FILE_NAME if source.is_dir() else source
     if not path.is_file():
         raise UserError(f"no ensemble at {path}: run `dig-scale sample` first or give the folder it wrote")
     try:

@@ -7,6 +7,7 @@ first_frame_ps, frame_spacing_ps). Knows neither engines nor models.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,19 @@ def read_trajectory_frames(path: Path) -> tuple[System, Frames]:
 def trajectory_origin(path: Path) -> dict[str, Any]:
     """What made a trajectory store: temperature_K, frame_spacing_ps, first_frame_ps, engine, seed, ..."""
     return dict(_open(path).attributes.get("origin", {}))
+
+
+def simulation_summary_path(trajectory: Path) -> Path:
+    """Where the campaign records what the replica of a trajectory store cost; a ladder's stores share one record."""
+    return trajectory.with_name(re.sub(r"(-T[0-9.]+)?\.zarr$", ".json", trajectory.name))
+
+
+def simulation_cpu_seconds(trajectories: Sequence[Path]) -> float | None:
+    """CPU seconds of MD behind these stores, all temperatures of a ladder included; None if any was not recorded."""
+    records = {simulation_summary_path(path) for path in trajectories}
+    if not records or not all(record.is_file() for record in records):
+        return None
+    return sum(float(json.loads(record.read_text())["cpu_seconds"]) for record in records)
 
 
 def dataset_systems(dataset: Path) -> list[System]:
@@ -236,6 +250,14 @@ def mdtraj_topology(system: System) -> mdtraj.Topology:
             atoms[i], atoms[j], type=kinds.get(int(order)), order=int(order) if int(order) in kinds else None
         )
     return topology
+
+
+def _mdtraj_element(number: int) -> Any:
+    import mdtraj
+
+    if number == COARSE_GRAINED_BEAD:
+        return mdtraj.element.virtual
+    return mdtraj.element.Element.getByAtomicNumber(number)
 
 
 def write_topology_pdb(system: System, positions: np.ndarray, path: Path) -> Path:

@@ -94,7 +94,9 @@ class System:
         missing = sorted(({"name", "kind", "atom_names", "residue_names"} | set(_ARRAY_FIELDS)) - set(content))
         if missing:
             raise InvalidSystemError(f"system {content.get('name')!r}: fields missing: {', '.join(missing)}")
-        arrays = {name: np.asarray(content[name], dtype) for name, dtype in _ARRAY_FIELDS.items()}
+        arrays: dict[str, np.ndarray] = {
+            name: np.asarray(content[name], dtype) for name, dtype in _ARRAY_FIELDS.items()
+        }
         arrays["bonds"] = arrays["bonds"].reshape(-1, 2)
         arrays["stereocentres"] = arrays["stereocentres"].reshape(-1, 4)
         try:

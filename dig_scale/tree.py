@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ T = TypeVar("T")
 def tree_map(function: Callable[..., Tensor], tree: T, *others: T) -> T:
     """A copy of `tree` with `function` applied to every tensor (and the tensors at the same place in `others`)."""
     if isinstance(tree, Tensor):
-        return function(tree, *others)
+        return cast(T, function(tree, *others))
     if is_dataclass(tree) and not isinstance(tree, type):
         names = [field.name for field in fields(tree)]
         values = {n: tree_map(function, getattr(tree, n), *(getattr(o, n) for o in others)) for n in names}

@@ -77,8 +77,9 @@ def _levels(composition: Composition, x: Tensor, t: Tensor, t_next: Tensor) -> _
     schedule = composition.positions.schedule
     alpha, sigma = alpha_sigma(schedule.noise_std(t))
     alpha_next, sigma_next = alpha_sigma(schedule.noise_std(t_next.clamp(min=0)))
-    shaped = (per_sample(v, x) for v in (alpha, sigma, alpha_next, sigma_next))
-    return _Levels(*shaped, clean=(t_next < 0).view(-1, *([1] * (x.dim() - 1))))
+    clean = (t_next < 0).view(-1, *([1] * (x.dim() - 1)))
+    shaped = [per_sample(v, x) for v in (alpha, sigma, alpha_next, sigma_next)]
+    return _Levels(shaped[0], shaped[1], shaped[2], shaped[3], clean)
 
 
 def _clean_estimate(score_fn: ScoreFn, state: State, context: Context, t: Tensor, level: _Levels) -> Tensor:

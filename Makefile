@@ -1,0 +1,40 @@
+# Two commands matter: `make quickstart` and `make test`. Both create .venv first and can be run again at any time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/quickstart
+
+.PHONY: install quickstart test lint format walk clean
+
+install: $(STAMP)
+
+# torch comes first: packages that depend on it must not choose another build
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; give another with PYTHON=..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: install
+	$(BIN)/dig-scale run quickstart --out $(RUN)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+walk: install
+	$(BIN)/python benchmarks/walk.py --json benchmarks/results/walk-$$(date +%F).json
+
+clean:
+	rm -rf $(VENV) runs dist build

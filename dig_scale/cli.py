@@ -1,0 +1,250 @@
+"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | serve | request | evaluate.
+
+Every command is a thin door to dig_scale.stages and the packages below. Bad input ends in one line with the next step.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from dig_scale.config import Recipe, Sample, SolverName, bundled_recipes, load_recipe
+from dig_scale.errors import UserError
+from dig_scale.progress import stage
+
+app = typer.Typer(
+    help="Learn and sample the equilibrium distribution of molecular systems (Distributional Graphormer).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A .toml file or the name of a bundled recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe.")
+]
+Checkpoint = Annotated[Path, typer.Argument(help="A training folder or a model.safetensors.")]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", help="Training system by name, a PDB, mmCIF, SDF or system .json file, or a sequence."),
+]
+
+
+class Solver(enum.StrEnum):
+    """Solvers by name."""
+
+    ANCESTRAL = "ancestral"
+    EULER_MARUYAMA = "euler-maruyama"
+    HEUN = "heun"
+    DPM_ODE = "dpm-solver++2m-ode"
+    DPM_SDE = "dpm-solver++2m-sde"
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; a killed run carries on from it.")],
+    overrides: Overrides = None,
+) -> None:
+    """Simulate, pack, train, sample and evaluate a recipe, one stage after the other."""
+    from dig_scale.stages import run_all
+
+    page = run_all(load_recipe(recipe, overrides or []), out)
+    typer.echo(f"report: {page}")
+    typer.echo(f"serve the model: dig-scale serve {out / 'model'}")
+
+
+@app.command()
+def simulate(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder of trajectories; a killed campaign carries on from it.")],
+    overrides: Overrides = None,
+) -> None:
+    """Generate trajectories with molecular dynamics on Ray actors."""
+    from dig_scale.stages import simulate_stage
+
+    simulate_stage(load_recipe(recipe, overrides or []), out)
+    typer.echo(f"trajectories: {out}")
+
+
+@app.command()
+def pack(
+    recipe: RecipeArgument,
+    trajectories: Annotated[list[Path], typer.Argument(help="Folders or .zarr trajectories.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the dataset.")],
+    overrides: Overrides = None,
+) -> None:
+    """Pack trajectories into verified WebDataset shards."""
+    from dig_scale.stages import pack_stage
+
+    pack_stage(load_recipe(recipe, overrides or []), trajectories, out)
+    typer.echo(f"dataset: {out}")
+
+
+@app.command()
+def verify(directory: Annotated[Path, typer.Argument(help="A packed dataset or a .zarr trajectory.")]) -> None:
+    """Read everything and report any damage; exit code 1 if there is some."""
+    from dig_shards.verify import verify as verify_dataset
+    from dig_shards.verify import verify_trajectory
+
+    if not directory.is_dir():
+        raise UserError(f"no folder {directory}: give a dataset or a .zarr trajectory")
+    report = (verify_trajectory if directory.suffix == ".zarr" else verify_dataset)(directory)
+    for problem in report.problems:
+        typer.echo(problem)
+    typer.echo(f"{directory}: {len(report.problems)} problems in {report.files} files, {report.bytes / 1e6:.1f} MB")
+    if not report.is_clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    dataset: Annotated[Path, typer.Argument(help="Folder of a packed dataset.")],
+    out: Annotated[Path, typer.Option("--out", help="Training folder; a killed run carries on from it.")],
+    ranks: Annotated[int | None, typer.Option(help="Processes; cores or GPUs when absent.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a score model with DeepSpeed on this machine (torchrun, Slurm, Ray: see launch/)."""
+    from dig_scale.stages import train_stage
+
+    train_stage(load_recipe(recipe, overrides or []), dataset, out, ranks)
+    typer.echo(f"model: {out / 'model.safetensors'}")
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the ensemble; more samples are added to it.")],
+    system: SystemOption = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Samples wanted in all.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    solver: Annotated[Solver | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps per sample.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; cores or GPUs when absent.")] = None,
+) -> None:
+    """Draw an equilibrium ensemble: topology.pdb, samples.xtc and ensemble.npz."""
+    from dig_scale.model.checkpoint import load_checkpoint
+    from dig_scale.stages import sample_stage, trained_system
+
+    defaults = load_checkpoint(checkpoint).recipe.sample
+    given = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch, "workers": workers}
+    chosen = {key: str(value) if key == "solver" else value for key, value in given.items() if value is not None}
+    settings = Sample.model_validate(defaults.model_dump() | chosen)
+    ensemble = sample_stage(checkpoint, trained_system(checkpoint, system), settings, out)
+    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {out}")
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    replicas: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Serve samples over HTTP until Ctrl-C; API documentation at /docs."""
+    from dig_scale.config import Serve
+    from dig_scale.model.checkpoint import load_checkpoint
+    from dig_scale.serving.app import serve as serve_forever
+
+    defaults = load_checkpoint(checkpoint).recipe.serve
+    given = {"host": host, "port": port, "replicas": replicas}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    settings = Serve.model_validate(defaults.model_dump() | chosen)
+    serve_forever(
+        checkpoint.resolve(), settings, lambda url: typer.echo(f"serving at {url} (documentation: {url}/docs)")
+    )
+
+
+@app.command()
+def request(
+    url: Annotated[str, typer.Argument(help="Where the server is, as in http://127.0.0.1:8000.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the ensemble.")],
+    system: Annotated[str | None, typer.Option(help="Training system by name.")] = None,
+    sequence: Annotated[str | None, typer.Option()] = None,
+    smiles: Annotated[str | None, typer.Option()] = None,
+    num: Annotated[int, typer.Option(min=1)] = 100,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+    solver: Annotated[Solver | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    token: Annotated[str | None, typer.Option(envvar="DIG_SCALE_TOKEN")] = None,
+) -> None:
+    """Ask a server for samples and write them as `sample` does."""
+    from pydantic import ValidationError
+
+    from dig_scale.serving.client import request_ensemble
+    from dig_scale.serving.offline import write_ensemble_folder
+    from dig_scale.serving.schema import SamplesRequest
+
+    name = cast(SolverName | None, str(solver) if solver else None)
+    try:
+        body = SamplesRequest(
+            system=system, sequence=sequence, smiles=smiles, num=num, seed=seed, solver=name, steps=steps
+        )
+    except ValidationError as error:
+        raise UserError("; ".join(item["msg"] for item in error.errors())) from None
+    with stage("request") as report:
+        ensemble = request_ensemble(
+            url, body, token, lambda done, total: report(done, total, f"{done} of {total} samples")
+        )
+    write_ensemble_folder(ensemble, out)
+    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {out}")
+
+
+@app.command()
+def evaluate(
+    ensemble: Annotated[Path, typer.Argument(help="Folder or .npz of an ensemble.")],
+    reference: Annotated[
+        Path, typer.Option("--reference", help="Trajectories: a folder, a .zarr, or any file with --topology.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of report.html and report.json.")],
+    topology: Annotated[Path | None, typer.Option(help="Topology of a trajectory file.")] = None,
+    bins: Annotated[int, typer.Option(min=2)] = 36,
+    bootstrap: Annotated[int, typer.Option(min=2)] = 200,
+) -> None:
+    """Compare an ensemble with reference trajectories in one HTML report."""
+    from dig_scale.config import Evaluate
+    from dig_scale.stages import evaluate_stage
+
+    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), out, topology)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the bundled recipes."""
+    for name, path in bundled_recipes().items():
+        typer.echo(f"{name:12s} {path.read_text().splitlines()[0].removeprefix('# ')}")
+
+
+@app.command()
+def describe(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print a recipe in full and the parameters of its model, counted without using memory."""
+    from dig_scale.model.score_model import count_parameters
+
+    content: Recipe = load_recipe(recipe, overrides or [])
+    typer.echo(content.model_dump_json(indent=2, exclude_none=True))
+    typer.echo(f"parameters: {count_parameters(content.model):,}")
+
+
+def main() -> None:
+    """Entry point: user errors are one line on standard error and exit code 2."""
+    from dig_shards.errors import ShardError
+
+    try:
+        app()
+    except (UserError, ShardError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to carry on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

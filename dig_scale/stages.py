@@ -1,0 +1,239 @@
+"""The stages of a run, each from the files of the one before it: simulate, pack, train, sample, evaluate.
+
+In: a Recipe and folders. Out: folders. Used by the command line, one stage at a time or all in a row; every stage is
+idempotent and carries on where a killed one stopped. Heavy packages are imported by the stage that needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dig_scale.config import Evaluate, Recipe, Sample
+from dig_scale.ensemble import Ensemble, read_ensemble
+from dig_scale.errors import UserError
+from dig_scale.progress import duration, stage
+from dig_scale.system import Frames, System
+
+
+@dataclass(frozen=True)
+class RunFolders:
+    """Where the stages of one run keep their files."""
+
+    root: Path
+
+    @property
+    def trajectories(self) -> Path:
+        """Zarr trajectories of the simulation."""
+        return self.root / "trajectories"
+
+    @property
+    def dataset(self) -> Path:
+        """Packed training shards."""
+        return self.root / "dataset"
+
+    @property
+    def model(self) -> Path:
+        """Training run with its model.safetensors."""
+        return self.root / "model"
+
+    @property
+    def ensemble(self) -> Path:
+        """Samples."""
+        return self.root / "ensemble"
+
+    @property
+    def report(self) -> Path:
+        """report.html, report.json and summary.png."""
+        return self.root / "report"
+
+
+def simulate_stage(recipe: Recipe, out: Path) -> None:
+    """Generate the trajectories of a recipe."""
+    from dig_scale.simulation.campaign import Progress, simulate
+
+    with stage("simulate") as report:
+
+        def show(p: Progress) -> None:
+            speed = f"{p.ns_per_day:.0f} ns/day" if p.ns_per_day else "starting"
+            words = f"{p.done_ns:.2f} of {p.total_ns:.2f} ns, {speed}, {duration(p.eta_s)} left"
+            report(p.done_ns, p.total_ns, words + (f", {p.failed} failed" if p.failed else ""))
+
+        simulate(recipe, out, show)
+
+
+def pack_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> None:
+    """Pack trajectories into shards."""
+    from dig_scale.records import pack_dataset
+
+    with stage("pack") as report:
+        manifest = pack_dataset(
+            recipe, folders, out, lambda done, total: report(done, total, f"{done} of {total} frames")
+        )
+        report(1, 1, ", ".join(f"{split} {manifest.n_frames(split)} frames" for split in manifest.shards))
+
+
+def train_stage(recipe: Recipe, dataset: Path, out: Path, ranks: int | None = None) -> None:
+    """Train on this machine."""
+    from dig_scale.training.launch import TrainingProgress, launch_ranks
+
+    with stage("train") as report:
+
+        def show(p: TrainingProgress) -> None:
+            words = f"step {p.step} of {p.steps}, loss {p.loss:.4f}, {p.samples_per_s:.0f} frames/s"
+            report(p.step, p.steps, f"{words}, {duration(p.seconds_left)} left")
+
+        launch_ranks(recipe, dataset, out, ranks, show)
+
+
+def sample_stage(checkpoint: Path, system: System, settings: Sample, out: Path) -> Ensemble:
+    """Draw samples offline."""
+    from dig_scale.serving.offline import Draws, sample_ensemble
+
+    with stage("sample") as report:
+        return sample_ensemble(
+            Draws(checkpoint, system, settings, out),
+            lambda done, total: report(done, total, f"{done} of {total} samples"),
+        )
+
+
+def trained_system(checkpoint: Path, wanted: str | None) -> System:
+    """The system to sample: a training system by name, a file, or a sequence; the only training system when None."""
+    import torch
+
+    from dig_scale.serving.catalogue import Catalogue
+    from dig_scale.serving.schema import SamplesRequest
+    from dig_scale.serving.served import load_served_model
+
+    model = load_served_model(checkpoint, torch.device("cpu"))
+    if wanted is None:
+        if len(model.systems) == 1:
+            return next(iter(model.systems.values()))
+        raise UserError(f"{checkpoint} was trained on {', '.join(model.systems)}: say which with --system")
+    if wanted in model.systems:
+        return model.systems[wanted]
+    if Path(wanted).suffix == ".json" and Path(wanted).is_file():
+        return System.from_json(Path(wanted).read_text())
+    if Path(wanted).is_file():
+        from dig_scale.config import SystemSpec
+        from dig_scale.importers import system_from_spec
+
+        system = system_from_spec(SystemSpec(name=Path(wanted).stem, file=Path(wanted)), model.recipe.simulate)
+        heavy = model.recipe.pack is not None and model.recipe.pack.atoms == "heavy"
+        return system.select(system.heavy_sites()) if heavy else system
+    return Catalogue(model).system(SamplesRequest(sequence=wanted, num=1))
+
+
+def evaluate_stage(
+    ensemble_source: Path, reference: Path, settings: Evaluate, out: Path, topology: Path | None = None
+) -> Path:
+    """Compare an ensemble with reference trajectories; the path of report.html. `summary.png` is written beside it."""
+    from dig_scale.evaluation.comparison import evaluate
+    from dig_scale.evaluation.cost import Costs
+    from dig_scale.evaluation.pictures import summary_picture
+    from dig_scale.evaluation.reference import reference_from_frames
+    from dig_scale.evaluation.report import write_report
+
+    with stage("evaluate") as report:
+        ensemble = read_ensemble(ensemble_source)
+        report(0, 3, "reading the reference")
+        found = reference_frames(reference, topology, target_temperature(ensemble))
+        data = reference_from_frames(found.system, found.frames, found.temperature, reference.name)
+        provenance = ensemble.provenance
+        costs = Costs(
+            md_cpu_seconds=found.cpu_seconds,
+            training_cpu_seconds=provenance.get("training_cost", {}).get("cpu_seconds"),
+            sampling_cpu_seconds=provenance.get("cpu_seconds"),
+            network_evaluations_per_sample=provenance.get("network_evaluations_per_sample"),
+        )
+        report(1, 3, f"comparing {ensemble.n_samples} samples with {len(data.positions)} frames")
+        result = evaluate(ensemble, data, settings, costs)
+        report(2, 3, "drawing")
+        page = write_report(result, out)
+        summary_picture(result, out / "summary.png")
+        report(3, 3, str(page))
+    return page
+
+
+@dataclass(frozen=True)
+class ReferenceFrames:
+    """Reference trajectories of one system at one temperature (K), with what they cost (CPU seconds, if recorded)."""
+
+    system: System
+    frames: list[Frames]
+    temperature: float
+    cpu_seconds: float | None
+
+
+def target_temperature(ensemble: Ensemble) -> float | None:
+    """The temperature (K) that the model of an ensemble was trained at, if its recipe says so."""
+    recipe = ensemble.provenance.get("recipe") or {}
+    for section in ("pack", "simulate"):
+        kelvin = (recipe.get(section) or {}).get("temperature")
+        if kelvin is not None:
+            return float(kelvin)
+    return None
+
+
+def reference_frames(source: Path, topology: Path | None, temperature: float | None) -> ReferenceFrames:
+    """Trajectories from a folder or file of our own store, or with a `topology` from a file that MDTraj reads."""
+    from dig_scale.records import (
+        find_trajectories,
+        read_trajectory_frames,
+        simulation_cpu_seconds,
+        trajectory_origin,
+    )
+
+    if not source.exists():
+        raise UserError(f"no reference at {source}: give a folder of trajectories, a .zarr, or a trajectory file")
+    if topology is not None or source.is_file():
+        return _reference_from_file(source, topology, temperature)
+    paths = find_trajectories(source)
+    kelvins = {path: trajectory_origin(path).get("temperature_K") for path in paths}
+    target = temperature if temperature is not None else _only(set(kelvins.values()), source)
+    chosen = [
+        path for path, kelvin in kelvins.items() if kelvin is None or target is None or abs(kelvin - target) < 1e-6
+    ]
+    if not chosen:
+        raise UserError(f"{source}: no trajectory at {target} K; found {sorted(map(str, set(kelvins.values())))}")
+    read = [read_trajectory_frames(path) for path in chosen]
+    names = {system.system_id for system, _ in read}
+    if len(names) > 1:
+        raise UserError(f"{source} holds trajectories of {len(names)} systems: give the folder of one of them")
+    cpu_seconds = simulation_cpu_seconds(paths)
+    return ReferenceFrames(read[0][0], [frames for _, frames in read], target or 300.0, cpu_seconds)
+
+
+def _only(kelvins: set[float | None], source: Path) -> float | None:
+    if len(kelvins) > 1:
+        raise UserError(f"{source} holds temperatures {sorted(map(str, kelvins))} K: say which with --temperature")
+    return next(iter(kelvins))
+
+
+def _reference_from_file(source: Path, topology: Path | None, temperature: float | None) -> ReferenceFrames:
+    from tempfile import TemporaryDirectory
+
+    from dig_scale.importers.trajectory import ImportOptions, import_trajectory
+    from dig_scale.records import read_trajectory_frames
+
+    if topology is None:
+        raise UserError(f"{source} is a trajectory file: give its topology with --topology")
+    with TemporaryDirectory() as scratch:
+        stores = import_trajectory(topology, [source], Path(scratch), ImportOptions())
+        read = [read_trajectory_frames(store) for store in stores]
+    return ReferenceFrames(read[0][0], [frames for _, frames in read], temperature or 300.0, None)
+
+
+def run_all(recipe: Recipe, out: Path) -> Path:
+    """Every stage of a recipe in a row; the path of report.html."""
+    for section in ("simulate", "pack", "train"):
+        if getattr(recipe, section) is None:
+            raise UserError(f"recipe {recipe.name!r} has no [{section}] section; `dig-scale run` needs it")
+    folders = RunFolders(out)
+    simulate_stage(recipe, folders.trajectories)
+    pack_stage(recipe, [folders.trajectories], folders.dataset)
+    train_stage(recipe, folders.dataset, folders.model)
+    system = trained_system(folders.model, recipe.systems[0].name)
+    sample_stage(folders.model, system, recipe.sample, folders.ensemble)
+    return evaluate_stage(folders.ensemble, folders.trajectories, recipe.evaluate, folders.report)
