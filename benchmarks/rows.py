@@ -1,0 +1,74 @@
+"""Rows of a benchmark: {measure, value, unit, bar, met}, printed as a table and kept with date, machine and versions.
+
+`met` is null where nothing was measured; such a row says so in `value`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured"
+PACKAGES = ("torch", "deepspeed", "ray", "openmm", "numpy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark table."""
+
+    measure: str
+    value: float | str
+    unit: str
+    bar: str
+    met: bool | None
+
+
+def at_most(measure: str, value: float, unit: str, bar: float) -> Row:
+    """A row that is met at or below the bar."""
+    return Row(measure, value, unit, f"<= {bar:g}", value <= bar)
+
+
+def at_least(measure: str, value: float, unit: str, bar: float) -> Row:
+    """A row that is met at or above the bar."""
+    return Row(measure, value, unit, f">= {bar:g}", value >= bar)
+
+
+def note(measure: str, value: float | str, unit: str = "") -> Row:
+    """A row without a bar."""
+    return Row(measure, value, unit, "", None)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else ""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": model or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def publish(rows: Sequence[Row], path: Path | None) -> None:
+    """Print the table and, with a path, write it as JSON."""
+    width = max((len(row.measure) for row in rows), default=10)
+    for row in rows:
+        value = f"{row.value:.4g}" if isinstance(row.value, float) else str(row.value)
+        verdict = {True: "met", False: "MISSED", None: ""}[row.met]
+        print(f"{row.measure:{width}s}  {value:>12s} {row.unit:12s} {row.bar:>10s}  {verdict}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
