@@ -5,10 +5,9 @@ Every command is a thin door to dig_scale.stages and the packages below. Bad inp
 
 from __future__ import annotations
 
-import enum
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,16 +31,6 @@ SystemOption = Annotated[
     str | None,
     typer.Option("--system", help="Training system by name, a PDB, mmCIF, SDF or system .json file, or a sequence."),
 ]
-
-
-class Solver(enum.StrEnum):
-    """Solvers by name."""
-
-    ANCESTRAL = "ancestral"
-    EULER_MARUYAMA = "euler-maruyama"
-    HEUN = "heun"
-    DPM_ODE = "dpm-solver++2m-ode"
-    DPM_SDE = "dpm-solver++2m-sde"
 
 
 @app.command()
@@ -69,6 +58,41 @@ def simulate(
 
     simulate_stage(load_recipe(recipe, overrides or []), out)
     typer.echo(f"trajectories: {out}")
+
+
+@app.command("import")
+def import_(
+    topology: Annotated[Path, typer.Argument(help="PDB, mmCIF or another topology that MDTraj reads.")],
+    trajectories: Annotated[list[Path], typer.Argument(help="Trajectory files, or .npy arrays [F, N, 3] with --unit.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of trajectories.")],
+    name: Annotated[str | None, typer.Option(help="Name of the system; the topology file's when absent.")] = None,
+    sites: Annotated[
+        Literal["atoms", "beads"], typer.Option(help="Atoms, or coarse-grained beads bonded in a chain.")
+    ] = "atoms",
+    unit: Annotated[Literal["angstrom", "nanometre"] | None, typer.Option(help="Unit of .npy positions.")] = None,
+    forces: Annotated[list[Path] | None, typer.Option(help="Forces .npy, one per trajectory.")] = None,
+    force_unit: Annotated[
+        Literal["eV/angstrom", "kcal/mol/angstrom", "kJ/mol/nanometre"] | None, typer.Option()
+    ] = None,
+    frame_spacing_ps: Annotated[float | None, typer.Option(min=0, help="Where the format has no times.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="K, if known.")] = None,
+    select: Annotated[str | None, typer.Option(help='MDTraj atom selection, as in "protein".')] = None,
+) -> None:
+    """Import your own trajectories into the store that `simulate` writes."""
+    from dig_scale.importers.trajectory import ForceUnit, ImportOptions, LengthUnit, Sites, import_trajectory
+
+    options = ImportOptions(
+        temperature=temperature,
+        name=name,
+        sites=Sites(sites),
+        length_unit=LengthUnit(unit) if unit else None,
+        forces=tuple(forces or ()),
+        force_unit=ForceUnit(force_unit) if force_unit else None,
+        frame_spacing_ps=frame_spacing_ps,
+        selection=select,
+    )
+    for store in import_trajectory(topology, trajectories, out, options):
+        typer.echo(f"trajectory: {store}")
 
 
 @app.command()
@@ -123,7 +147,7 @@ def sample(
     system: SystemOption = None,
     num: Annotated[int | None, typer.Option(min=1, help="Samples wanted in all.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    solver: Annotated[Solver | None, typer.Option()] = None,
+    solver: Annotated[SolverName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps per sample.")] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; cores or GPUs when absent.")] = None,
@@ -134,7 +158,7 @@ def sample(
 
     defaults = load_checkpoint(checkpoint).recipe.sample
     given = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch, "workers": workers}
-    chosen = {key: str(value) if key == "solver" else value for key, value in given.items() if value is not None}
+    chosen = {key: value for key, value in given.items() if value is not None}
     settings = Sample.model_validate(defaults.model_dump() | chosen)
     ensemble = sample_stage(checkpoint, trained_system(checkpoint, system), settings, out)
     typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {out}")
@@ -170,7 +194,7 @@ def request(
     smiles: Annotated[str | None, typer.Option()] = None,
     num: Annotated[int, typer.Option(min=1)] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 1,
-    solver: Annotated[Solver | None, typer.Option()] = None,
+    solver: Annotated[SolverName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     token: Annotated[str | None, typer.Option(envvar="DIG_SCALE_TOKEN")] = None,
 ) -> None:
@@ -181,10 +205,9 @@ def request(
     from dig_scale.serving.offline import write_ensemble_folder
     from dig_scale.serving.schema import SamplesRequest
 
-    name = cast(SolverName | None, str(solver) if solver else None)
     try:
         body = SamplesRequest(
-            system=system, sequence=sequence, smiles=smiles, num=num, seed=seed, solver=name, steps=steps
+            system=system, sequence=sequence, smiles=smiles, num=num, seed=seed, solver=solver, steps=steps
         )
     except ValidationError as error:
         raise UserError("; ".join(item["msg"] for item in error.errors())) from None

@@ -71,7 +71,7 @@ def pack_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> None:
         manifest = pack_dataset(
             recipe, folders, out, lambda done, total: report(done, total, f"{done} of {total} frames")
         )
-        report(1, 1, ", ".join(f"{split} {manifest.n_frames(split)} frames" for split in manifest.shards))
+        report(1, 1, ", ".join(f"{split} {manifest.frames(split)} frames" for split in manifest.shards))
 
 
 def train_stage(recipe: Recipe, dataset: Path, out: Path, ranks: int | None = None) -> None:

@@ -1,0 +1,147 @@
+"""`evaluate`: an Ensemble against a ReferenceSet, in numbers. Knows neither files nor HTML; words come from verdict.py."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from dig_scale import __version__, config
+from dig_scale.ensemble import Ensemble
+from dig_scale.errors import UserError
+from dig_scale.evaluation.cost import Costs, cost_table, reference_quality
+from dig_scale.evaluation.geometry_tables import angle_table, bond_table, clash_table, energy_table, stereo_table
+from dig_scale.evaluation.reference import ReferenceSet, match_sites, ordered_by_time
+from dig_scale.evaluation.result import Evaluation, Reweighting, Settings, Subject
+from dig_scale.evaluation.sets import SampleSet, Topology, md_resampling, observe, sample_sets, topology_of
+from dig_scale.evaluation.thermodynamics import kish_ess, slowest_inefficiency
+from dig_scale.evaluation.torsion_tables import MapComparison, TorsionComparison, compare_map, compare_torsion
+from dig_scale.evaluation.verdict import with_words
+from dig_scale.system import System
+
+MIN_SAMPLES = 2
+
+
+def evaluate(
+    ensemble: Ensemble, reference: ReferenceSet, settings: config.Evaluate, costs: Costs | None = None
+) -> Evaluation:
+    """Compare `ensemble` with `reference`; sites are matched by name, the ensemble's must all be in the reference.
+
+    Raises UserError when sites do not match or fewer than MIN_SAMPLES samples are finite.
+    """
+    generator = np.random.default_rng(settings.seed)
+    matched = match_sites(ensemble.system, reference.system)
+    reference, finite = ordered_by_time(reference), _finite_samples(ensemble)
+    topology = topology_of(_with_bonds(ensemble.system, reference.system, matched))
+    model = observe(ensemble.positions[finite], topology, _finite_energies(ensemble.energy, finite))
+    md = observe(reference.positions[:, matched], topology, _finite_energies(reference.energy, slice(None)))
+    slow = md.torsions[:, _slow_torsions(topology)]
+    inefficiency = slowest_inefficiency(slow, reference.trajectory)
+    blocks = md_resampling(reference.trajectory, inefficiency, settings.bootstrap, generator)
+    log_weights = None if ensemble.log_weights is None else ensemble.log_weights[finite]
+    sets = sample_sets(model, md, reference.trajectory, log_weights, blocks, generator)
+    quality = reference_quality(reference, inefficiency, blocks.block_length, blocks.n_blocks)
+    return with_words(
+        Evaluation(
+            subject=_subject(ensemble, int(finite.sum())),
+            reference=quality,
+            settings=Settings(settings.bins, settings.bootstrap, settings.seed),
+            maps=_maps(topology, sets, reference, settings.bins, generator),
+            torsions=_torsions(topology, sets, settings.bins, generator),
+            bonds=bond_table(topology, sets),
+            angles=angle_table(topology, sets),
+            stereo=stereo_table(topology, sets),
+            clashes=clash_table(sets),
+            energy=energy_table(sets, generator),
+            cost=cost_table(costs or Costs(), len(model.clashes), quality.independent_frames),
+            reweighting=_reweighting(log_weights),
+        )
+    )
+
+
+def _maps(
+    topology: Topology, sets: dict[str, SampleSet], reference: ReferenceSet, bins: int, generator: np.random.Generator
+) -> tuple[MapComparison, ...]:
+    trajectory, temperature = reference.trajectory, reference.temperature
+    return tuple(compare_map(pair, topology, sets, trajectory, temperature, bins, generator) for pair in topology.pairs)
+
+
+def _torsions(
+    topology: Topology, sets: dict[str, SampleSet], bins: int, generator: np.random.Generator
+) -> tuple[TorsionComparison, ...]:
+    indices = range(len(topology.torsions))
+    return tuple(compare_torsion(index, topology, sets, bins, generator) for index in indices)
+
+
+def _finite_samples(ensemble: Ensemble) -> np.ndarray:
+    """Which samples [S] have finite positions and, where there are weights, a finite weight."""
+    finite = np.isfinite(ensemble.positions).all(axis=(1, 2))
+    if ensemble.log_weights is not None:
+        finite &= np.isfinite(ensemble.log_weights)
+    if finite.sum() < MIN_SAMPLES:
+        raise UserError(
+            f"ensemble of {ensemble.system.name!r}: {int(finite.sum())} of {ensemble.n_samples} samples have finite"
+            f" positions, at least {MIN_SAMPLES} are needed; sample again or look at the training log"
+        )
+    return finite
+
+
+def _finite_energies(energy: np.ndarray | None, chosen: np.ndarray | slice) -> np.ndarray | None:
+    """Energies of the chosen frames; None when any is missing, for a mean over some frames would mislead."""
+    if energy is None or not np.isfinite(energy[chosen]).all():
+        return None
+    return np.asarray(energy[chosen], np.float64)
+
+
+def _with_bonds(system: System, reference: System, matched: np.ndarray) -> System:
+    """The ensemble's system, with the reference's bonds where it lists none of its own."""
+    if len(system.bonds) or not len(reference.bonds):
+        return system
+    described = reference.select(matched)
+    return replace(system, bonds=described.bonds, bond_orders=described.bond_orders)
+
+
+def _slow_torsions(topology: Topology) -> list[int]:
+    """The torsions whose correlations set the block length: those on maps, else all."""
+    on_maps = {index for pair in topology.pairs for index in (pair.first, pair.second)}
+    return sorted(on_maps) or list(range(len(topology.torsions)))
+
+
+def _reweighting(log_weights: np.ndarray | None) -> Reweighting | None:
+    if log_weights is None:
+        return None
+    effective = kish_ess(log_weights)
+    return Reweighting(effective, effective / len(log_weights))
+
+
+def _subject(ensemble: Ensemble, n_finite: int) -> Subject:
+    provenance = ensemble.provenance
+    recipe: Any = provenance.get("recipe", "not recorded")
+    return Subject(
+        system=ensemble.system.name,
+        sites=ensemble.system.n_sites,
+        samples=n_finite,
+        samples_left_out=ensemble.n_samples - n_finite,
+        solver=str(provenance.get("solver", "not recorded")),
+        steps=str(provenance.get("steps", "not recorded")),
+        seed=ensemble.seed,
+        recipe=str(recipe.get("name", "not recorded") if isinstance(recipe, dict) else recipe),
+        versions={
+            "dig-scale": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": _installed("torch"),
+        },
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,110 @@
+"""One consolidated file per trained model: `model.safetensors`, with all that sampling needs and nothing that can execute.
+
+Tensors are named `weights/<parameter>` and `ema/<parameter>`; the header holds one JSON text under `dig_scale`: format
+version, step, recipe, systems and training cost. Written atomically. Knows neither DeepSpeed nor how training goes on
+after an interruption (see training.run_folder).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dig_scale.config import Recipe, parse_recipe
+from dig_scale.errors import UserError
+from dig_scale.model.score_model import ScoreModel
+from dig_scale.system import System
+
+FORMAT_VERSION = 1
+FILE_NAME = "model.safetensors"
+_HEADER = "dig_scale"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model: parameters `weights` and their moving average `ema` (same names and shapes), and where they come from."""
+
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    recipe: Recipe
+    systems: tuple[System, ...]
+    step: int
+    training_cost: dict[str, Any] = field(default_factory=dict)
+    """CPU seconds, wall seconds, ranks, device and steps so far."""
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
+    """Write the file atomically (temporary file, fsync, rename) and return its path."""
+    tensors = _prefixed("weights", checkpoint.weights) | _prefixed("ema", checkpoint.ema)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "recipe": checkpoint.recipe.model_dump(mode="json"),
+        "systems": [system.to_dict() for system in checkpoint.systems],
+        "training_cost": checkpoint.training_cost,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a file, or in the training folder that holds it; raises UserError naming the file."""
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"no trained model at {file}: run `dig-scale train` first, or give a {FILE_NAME}")
+    header, tensors = _read(file)
+    if header.get("format_version") != FORMAT_VERSION:
+        found = header.get("format_version")
+        raise UserError(f"{file}: checkpoint format {found!r}, this version reads {FORMAT_VERSION}")
+    return Checkpoint(
+        weights=_unprefixed("weights", tensors),
+        ema=_unprefixed("ema", tensors),
+        recipe=parse_recipe(header["recipe"], str(file)),
+        systems=tuple(System.from_dict(content) for content in header["systems"]),
+        step=header["step"],
+        training_cost=header["training_cost"],
+    )
+
+
+def build_score_model(checkpoint: Checkpoint, weights: Literal["ema", "weights"] = "ema") -> ScoreModel:
+    """The score model in eval mode with the averaged (default) or the last weights; raises UserError if they do not fit."""
+    model = ScoreModel(checkpoint.recipe.model)
+    try:
+        model.load_state_dict(getattr(checkpoint, weights), strict=True)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"the {weights} of this checkpoint do not fit the model of its recipe: {problem}") from None
+    return model.eval()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a safetensors file: {error}") from None
+    if _HEADER not in metadata:
+        raise UserError(f"{file} was not written by dig-scale: it has no {_HEADER!r} header")
+    return json.loads(metadata[_HEADER]), tensors
+
+
+def _prefixed(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _unprefixed(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{group}/"): t for name, t in tensors.items() if name.startswith(f"{group}/")}

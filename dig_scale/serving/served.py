@@ -1,0 +1,118 @@
+"""The trained model as one replica holds it, and what the walkers of one system share.
+
+In: a checkpoint file and a System. Out: ServedModel and Bench (context, processes, score function on the device). It
+knows no requests, no scheduler and no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dig_scale.batch import Context, ScoreFn
+from dig_scale.config import Recipe
+from dig_scale.diffusion.composition import Composition, composition_for
+from dig_scale.model.checkpoint import FILE_NAME, build_score_model, load_checkpoint
+from dig_scale.model.features import featurise
+from dig_scale.model.score_model import ScoreModel
+from dig_scale.system import System
+
+PAIRS_PER_BATCH = 8_000_000
+"""Site pairs of one batch: attention holds several [heads, pairs] arrays, so larger systems get fewer rows."""
+BENCHES_KEPT = 64
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Network in eval mode on `device`, its recipe, training systems by name; checkpoint_id is a hash of the file."""
+
+    checkpoint_id: str
+    network: ScoreModel
+    recipe: Recipe
+    systems: Mapping[str, System]
+    training_step: int
+    training_cost: Mapping[str, Any]
+    device: torch.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all walkers of one system share: context (b = 1) and score function on the device, and the processes."""
+
+    system: System
+    system_id: str
+    context: Context
+    composition: Composition
+    score_fn: ScoreFn
+
+
+def load_served_model(path: Path, device: torch.device) -> ServedModel:
+    """The model of a checkpoint file or training folder; raises UserError naming the file."""
+    checkpoint = load_checkpoint(path)
+    return ServedModel(
+        checkpoint_id=_file_hash(path / FILE_NAME if path.is_dir() else path),
+        network=build_score_model(checkpoint).to(device),
+        recipe=checkpoint.recipe,
+        systems={system.name: system for system in checkpoint.systems},
+        training_step=checkpoint.step,
+        training_cost=checkpoint.training_cost,
+        device=device,
+    )
+
+
+def best_device() -> torch.device:
+    """The GPU that this process was given, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_bench(model: ServedModel, system: System) -> Bench:
+    """The bench of a system; raises UserError for a kind of system that the model cannot take."""
+    composition = composition_for(system.kind, model.recipe.diffusion)
+    context = featurise(system).to(model.device)
+    return Bench(system, system.system_id, context, composition, composition.as_score_fn(model.network))
+
+
+def rows_that_fit(n_sites: int, max_batch: int) -> int:
+    """Rows of one batch of a system of `n_sites`: at least 1, at most max_batch, bounded by PAIRS_PER_BATCH."""
+    return max(1, min(max_batch, PAIRS_PER_BATCH // n_sites**2))
+
+
+class Benches:
+    """Benches by system, the last BENCHES_KEPT of them; safe to use from several threads."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._kept: OrderedDict[str, Bench] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def bench(self, system: System) -> Bench:
+        """The bench of a system, built on first use; raises what build_bench raises."""
+        key = system.system_id
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        built = build_bench(self._model, system)
+        with self._lock:
+            self._kept[key] = built
+            while len(self._kept) > BENCHES_KEPT:
+                self._kept.popitem(last=False)
+        return built
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
