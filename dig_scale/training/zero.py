@@ -145,11 +145,12 @@ def deepspeed_settings(train: Train, world_size: int, n_parameters: int) -> dict
 def start_engine(module: nn.Module, train: Train, ranks: Ranks) -> ZeroEngine:
     """Hand `module`, already initialised, to DeepSpeed with AdamW in two groups: matrices decay, vectors do not."""
     n_parameters = sum(p.numel() for p in module.parameters())
+    module = module.to(ranks.device)
     optimizer = torch.optim.AdamW(
         _parameter_groups(module, train.weight_decay), lr=train.learning_rate, betas=BETAS, fused=True
     )
     engine, *_ = _deepspeed(ranks.device).initialize(
-        model=module.to(ranks.device),
+        model=module,
         optimizer=optimizer,
         config=deepspeed_settings(train, ranks.world_size, n_parameters),
         dist_init_required=False,

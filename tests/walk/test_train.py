@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 (fixtures are imported, then named as arguments)
 """From a packed dataset to a trained model: the real loop on real shards, killed, resumed and split in every way."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dig_scale.errors import TrainingError
 from dig_scale.model.checkpoint import build_score_model, load_checkpoint
 from dig_scale.training.launch import TrainingProgress, launch_ranks
 from dig_scale.training.metrics import read_metrics
-from tests.dig_scale.training.rank_groups import RankGroup, dataset, pair, single  # noqa: F401 (fixtures)
+from tests.dig_scale.training.rank_groups import RankGroup, dataset, pair, single
 from tests.dig_scale.training.small_runs import make_dataset, small_recipe
 from tests.molecules import alanine_dipeptide_heavy, five_beads
 
@@ -45,17 +46,17 @@ def train_in(group: RankGroup, recipe: Recipe, data: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pair: RankGroup, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def uninterrupted(pair: RankGroup, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(pair, small_recipe(**LONG), dataset, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
-def short(pair: RankGroup, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def short(pair: RankGroup, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(pair, small_recipe(**SHORT), dataset, tmp_path_factory.mktemp("short") / "run")
 
 
 @pytest.fixture(scope="module")
-def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def killed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which one rank was killed by SIGKILL after its first checkpoint."""
     out = tmp_path_factory.mktemp("killed") / "run"
     killer = threading.Thread(target=_kill_rank_after, args=(out, 10))
@@ -88,7 +89,7 @@ def progress() -> list[TrainingProgress]:
 
 
 @pytest.fixture(scope="module")
-def resumed(killed: Path, dataset: Path, progress: list[TrainingProgress]) -> Path:  # noqa: F811
+def resumed(killed: Path, dataset: Path, progress: list[TrainingProgress]) -> Path:
     assert 10 <= max(row["step"] for row in rows_of(killed, "train")) < 32
     launch_ranks(small_recipe(**LONG), dataset, killed, 2, progress.append)
     return killed
@@ -102,7 +103,7 @@ def test_resume_after_sigkill_gives_the_same_losses_to_the_last_bit(uninterrupte
     assert all(torch.equal(whole.ema[name], again.ema[name]) for name in whole.ema)
 
 
-def test_resume_repeats_no_record_and_loses_none(dataset: Path, resumed: Path) -> None:  # noqa: F811
+def test_resume_repeats_no_record_and_loses_none(dataset: Path, resumed: Path) -> None:
     n = ShardReader(dataset, "train").n_frames
     cursor, seen, expected = Cursor(1), [], []
     for _ in range(32):
@@ -119,6 +120,21 @@ def test_metrics_hold_every_step_once_after_a_resume(resumed: Path) -> None:
     assert [row["step"] for row in rows_of(resumed, "train")] == list(range(1, 33))
 
 
+def test_warning_signal_leaves_a_checkpoint_that_carries_on(
+    pair: RankGroup,
+    dataset: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+) -> None:
+    arguments = {"recipe": small_recipe(**LONG).model_dump(mode="json"), "dataset": str(dataset), "out": str(tmp_path)}
+    pair.run("warned_train_job", **arguments)
+    stopped = rows_of(tmp_path, "checkpoint")[-1]["step"]
+    assert stopped < 32
+    assert stopped == rows_of(tmp_path, "train")[-1]["step"]
+    train_in(pair, small_recipe(**LONG), dataset, tmp_path)
+    assert losses_of(tmp_path) == losses_of(uninterrupted)
+
+
 def test_training_lowers_the_loss(uninterrupted: Path) -> None:
     first, last = losses_of(uninterrupted, "validation")[0], losses_of(uninterrupted)[-5:]
     assert np.mean(last) < np.mean(losses_of(uninterrupted)[:5])
@@ -131,7 +147,7 @@ def test_score_model_trains_the_same_at_every_stage(
     dataset: Path,
     tmp_path: Path,
     short: Path,
-    stage: int,  # noqa: F811
+    stage: int,
 ) -> None:
     out = train_in(pair, small_recipe(**SHORT, zero_stage=stage), dataset, tmp_path / "run")
     assert losses_of(out) == pytest.approx(losses_of(short), abs=1e-6)
@@ -142,7 +158,7 @@ def test_one_rank_and_two_ranks_train_the_same(
     single: RankGroup,
     dataset: Path,
     tmp_path: Path,
-    short: Path,  # noqa: F811
+    short: Path,
 ) -> None:
     out = train_in(single, small_recipe(**SHORT), dataset, tmp_path / "run")
     assert losses_of(out) == pytest.approx(losses_of(short), abs=1e-6)
@@ -153,7 +169,7 @@ def test_stage_0_carries_on_with_another_number_of_ranks(
     single: RankGroup,
     dataset: Path,
     tmp_path: Path,
-    short: Path,  # noqa: F811
+    short: Path,
 ) -> None:
     out = train_in(pair, small_recipe(**SHORT), dataset, tmp_path / "run")
     _rewind(out, "step-00000003")
@@ -165,7 +181,7 @@ def test_sharded_run_refuses_another_number_of_ranks(
     pair: RankGroup,
     single: RankGroup,
     dataset: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     out = train_in(pair, small_recipe(**SHORT, zero_stage=2), dataset, tmp_path / "run")
     _rewind(out, "step-00000003")
@@ -177,21 +193,21 @@ def test_recomputed_blocks_and_accumulation_change_no_loss(
     pair: RankGroup,
     dataset: Path,
     tmp_path: Path,
-    short: Path,  # noqa: F811
+    short: Path,
 ) -> None:
     recipe = small_recipe(**SHORT, activation_checkpointing="blocks", micro_batch=4, zero_stage=3)
     out = train_in(pair, recipe, dataset, tmp_path / "run")
     assert losses_of(out) == pytest.approx(losses_of(short), abs=1e-6)
 
 
-def test_bf16_trains_close_to_fp32(pair: RankGroup, dataset: Path, tmp_path: Path, short: Path) -> None:  # noqa: F811
+def test_bf16_trains_close_to_fp32(pair: RankGroup, dataset: Path, tmp_path: Path, short: Path) -> None:
     out = train_in(pair, small_recipe(**SHORT, precision="bf16", zero_stage=1), dataset, tmp_path / "run")
     # bf16 keeps 8 bits: a few parts in a thousand per product.
     assert np.mean(losses_of(out)) == pytest.approx(np.mean(losses_of(short)), rel=0.05)
     assert losses_of(out) != losses_of(short)
 
 
-def test_systems_of_different_sizes_train_in_batches_of_one_system(pair: RankGroup, tmp_path: Path) -> None:  # noqa: F811
+def test_systems_of_different_sizes_train_in_batches_of_one_system(pair: RankGroup, tmp_path: Path) -> None:
     data = make_dataset(tmp_path, [alanine_dipeptide_heavy(), five_beads()], 100)
     out = train_in(pair, small_recipe(**SHORT), data, tmp_path / "run")
     assert len(load_checkpoint(out).systems) == 2
@@ -218,7 +234,7 @@ def test_only_the_newest_checkpoints_are_kept(uninterrupted: Path) -> None:
     assert (uninterrupted / "checkpoints" / "latest").read_text() == "step-00000032"
 
 
-def test_finished_run_returns_at_once(uninterrupted: Path, dataset: Path) -> None:  # noqa: F811
+def test_finished_run_returns_at_once(uninterrupted: Path, dataset: Path) -> None:
     before = (uninterrupted / "model.safetensors").stat().st_mtime_ns
     start = time.perf_counter()
     launch_ranks(small_recipe(**LONG), dataset, uninterrupted, 2)
@@ -226,12 +242,12 @@ def test_finished_run_returns_at_once(uninterrupted: Path, dataset: Path) -> Non
     assert (uninterrupted / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_other_recipe_in_a_used_folder_is_refused(uninterrupted: Path, dataset: Path) -> None:  # noqa: F811
+def test_other_recipe_in_a_used_folder_is_refused(uninterrupted: Path, dataset: Path) -> None:
     with pytest.raises(TrainingError, match=r"train.learning_rate is 0.002 there, 0.1 here.*give a new folder"):
         launch_ranks(small_recipe(**LONG, learning_rate=0.1), dataset, uninterrupted, 2)
 
 
-def test_loss_that_is_not_finite_stops_with_step_and_systems(pair: RankGroup, dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_loss_that_is_not_finite_stops_with_step_and_systems(pair: RankGroup, dataset: Path, tmp_path: Path) -> None:
     recipe = small_recipe(learning_rate=1e30, warmup_steps=0, checkpoint_every=1)
     with pytest.raises(
         RuntimeError, match=r"is (nan|inf) at step \d+, in a batch of ala2-heavy .*last checkpoint is good"

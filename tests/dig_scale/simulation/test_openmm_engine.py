@@ -138,8 +138,7 @@ def test_l_stays_l_in_dynamics(dipeptide: System) -> None:
 def test_explosion_is_an_error_that_names_the_system(dipeptide: System) -> None:
     engine = _started(dipeptide, Simulate(time_step_fs=40.0, constraints="none", hydrogen_mass=1.0))
     with pytest.raises(SimulationError, match=r"'ala2' at 300 K broke down.*time_step_fs"):
-        for _ in range(50):
-            engine.advance(50)
+        engine.advance(2500)
 
 
 def test_small_molecule_and_beads_are_refused_with_the_next_step(dipeptide: System) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from dig_scale.config import Train, parse_recipe
 from dig_scale.training import zero
 from dig_scale.training.ema import Fragment, averaged_copy, load_fragments_, move_average_, save_fragments
+from dig_scale.training.metrics import read_metrics
 from dig_scale.training.trainer import recompute_blocks_, train
 
 WIDTH = 17
@@ -40,6 +45,19 @@ class Regression(nn.Module):
 def train_job(ranks: zero.Ranks, recipe: dict[str, Any], dataset: str, out: str) -> None:
     """The real entry of training."""
     train(parse_recipe(recipe, "test"), Path(dataset), Path(out))
+
+
+def warned_train_job(ranks: zero.Ranks, recipe: dict[str, Any], dataset: str, out: str) -> None:
+    """Training in which rank 1 alone gets SIGUSR1 once the first rows are written."""
+    if ranks.rank == 1:
+        threading.Thread(target=_warn_after_first_row, args=(Path(out),), daemon=True).start()
+    train_job(ranks, recipe, dataset, out)
+
+
+def _warn_after_first_row(out: Path) -> None:
+    while not read_metrics(out):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def engine_job(ranks: zero.Ranks, stage: int, steps: int) -> dict[str, Any]:

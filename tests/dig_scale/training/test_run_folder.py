@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -91,3 +93,12 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
         run_folder.lock_folder(tmp_path)
     held.close()
     run_folder.lock_folder(tmp_path).close()
+
+
+def test_launcher_needs_neither_torch_nor_deepspeed() -> None:
+    code = (
+        "import sys, dig_scale.training.launch; print([m for m in ('torch', 'deepspeed', 'ray') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
