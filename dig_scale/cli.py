@@ -227,14 +227,16 @@ def evaluate(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of report.html and report.json.")],
     topology: Annotated[Path | None, typer.Option(help="Topology of a trajectory file.")] = None,
+    frame_spacing_ps: Annotated[float | None, typer.Option(min=0, help="Of a trajectory file without times.")] = None,
     bins: Annotated[int, typer.Option(min=2)] = 36,
     bootstrap: Annotated[int, typer.Option(min=2)] = 200,
 ) -> None:
     """Compare an ensemble with reference trajectories in one HTML report."""
     from dig_scale.config import Evaluate
-    from dig_scale.stages import evaluate_stage
+    from dig_scale.stages import ReferenceFile, evaluate_stage
 
-    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), out, topology)
+    file = ReferenceFile(topology, frame_spacing_ps) if topology is not None else None
+    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), out, file)
     typer.echo(f"report: {page}")
 
 

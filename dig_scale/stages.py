@@ -125,8 +125,16 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
     return Catalogue(model).system(SamplesRequest(sequence=wanted, num=1))
 
 
+@dataclass(frozen=True)
+class ReferenceFile:
+    """What a trajectory file (not of our own store) does not say: its topology, and the frame spacing in ps if it has no times."""
+
+    topology: Path
+    frame_spacing_ps: float | None = None
+
+
 def evaluate_stage(
-    ensemble_source: Path, reference: Path, settings: Evaluate, out: Path, topology: Path | None = None
+    ensemble_source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None = None
 ) -> Path:
     """Compare an ensemble with reference trajectories; the path of report.html. `summary.png` is written beside it."""
     from dig_scale.evaluation.comparison import evaluate
@@ -138,7 +146,7 @@ def evaluate_stage(
     with stage("evaluate") as report:
         ensemble = read_ensemble(ensemble_source)
         report(0, 3, "reading the reference")
-        found = reference_frames(reference, topology, target_temperature(ensemble))
+        found = reference_frames(reference, file, target_temperature(ensemble))
         data = reference_from_frames(found.system, found.frames, found.temperature, reference.name)
         provenance = ensemble.provenance
         costs = Costs(
@@ -176,8 +184,8 @@ def target_temperature(ensemble: Ensemble) -> float | None:
     return None
 
 
-def reference_frames(source: Path, topology: Path | None, temperature: float | None) -> ReferenceFrames:
-    """Trajectories from a folder or file of our own store, or with a `topology` from a file that MDTraj reads."""
+def reference_frames(source: Path, file: ReferenceFile | None, temperature: float | None) -> ReferenceFrames:
+    """Trajectories from a folder or file of our own store, or with `file` from one that MDTraj reads."""
     from dig_scale.records import (
         find_trajectories,
         read_trajectory_frames,
@@ -187,8 +195,8 @@ def reference_frames(source: Path, topology: Path | None, temperature: float | N
 
     if not source.exists():
         raise UserError(f"no reference at {source}: give a folder of trajectories, a .zarr, or a trajectory file")
-    if topology is not None or source.is_file():
-        return _reference_from_file(source, topology, temperature)
+    if file is not None or source.is_file():
+        return _reference_from_file(source, file, temperature)
     paths = find_trajectories(source)
     kelvins = {path: trajectory_origin(path).get("temperature_K") for path in paths}
     target = temperature if temperature is not None else _only(set(kelvins.values()), source)
@@ -211,16 +219,17 @@ def _only(kelvins: set[float | None], source: Path) -> float | None:
     return next(iter(kelvins))
 
 
-def _reference_from_file(source: Path, topology: Path | None, temperature: float | None) -> ReferenceFrames:
+def _reference_from_file(source: Path, file: ReferenceFile | None, temperature: float | None) -> ReferenceFrames:
     from tempfile import TemporaryDirectory
 
     from dig_scale.importers.trajectory import ImportOptions, import_trajectory
     from dig_scale.records import read_trajectory_frames
 
-    if topology is None:
+    if file is None:
         raise UserError(f"{source} is a trajectory file: give its topology with --topology")
+    options = ImportOptions(temperature=temperature, frame_spacing_ps=file.frame_spacing_ps)
     with TemporaryDirectory() as scratch:
-        stores = import_trajectory(topology, [source], Path(scratch), ImportOptions())
+        stores = import_trajectory(file.topology, [source], Path(scratch), options)
         read = [read_trajectory_frames(store) for store in stores]
     return ReferenceFrames(read[0][0], [frames for _, frames in read], temperature or 300.0, None)
 

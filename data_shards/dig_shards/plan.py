@@ -135,7 +135,9 @@ def kept_fields(draw: Draw, plan: PackPlan) -> tuple[FieldSpec, ...]:
 
 def request_digest(draws: Sequence[Draw], plan: PackPlan, sidecars: Mapping[str, str], prints: Sequence[str]) -> str:
     """SHA-256 of all that the tars depend on: plan, drawn frames, content fingerprints and sidecar texts."""
-    sources = [[d.name, d.system, d.start, d.stop, d.stride, dict(d.rows), p] for d, p in zip(draws, prints, strict=True)]
+    sources = [
+        [d.name, d.system, d.start, d.stop, d.stride, dict(d.rows), p] for d, p in zip(draws, prints, strict=True)
+    ]
     request = json.dumps({"plan": plan.to_json(), "sources": sources, "sidecars": sidecars}, sort_keys=True)
     return hashlib.sha256(request.encode()).hexdigest()
 

@@ -29,11 +29,15 @@ class Geometry:
 
 
 def gather_vectors(keys: Tensor, geometry: Geometry) -> Tensor:
-    """V [B, M, N, 3] with V_im = sum_j filters_mij keys_jm (r_i - r_j), from keys [B, N, M]; rotates with the sites."""
-    b = keys.transpose(1, 2).unsqueeze(-1)
-    weighted = torch.cat([b * geometry.sites.unsqueeze(1), b], dim=-1)
-    summed = geometry.filters @ weighted
-    return summed[..., 3:] * geometry.sites.unsqueeze(1) - summed[..., :3]
+    """V [B, M, N, 3] with V_im = sum_j filters_mij keys_jm (r_i - r_j), from keys [B, N, M]; rotates with the sites.
+
+    In the precision of the sites even under autocast: the two sums cancel.
+    """
+    with torch.autocast(keys.device.type, enabled=False):
+        b = keys.to(geometry.sites.dtype).transpose(1, 2).unsqueeze(-1)
+        weighted = torch.cat([b * geometry.sites.unsqueeze(1), b], dim=-1)
+        summed = geometry.filters @ weighted
+        return summed[..., 3:] * geometry.sites.unsqueeze(1) - summed[..., :3]
 
 
 def soft_unit(vectors: Tensor) -> Tensor:

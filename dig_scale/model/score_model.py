@@ -76,7 +76,8 @@ class ScoreModel(nn.Module):
     def forward(self, state: State, context: Context, noise_std: Tensor) -> Score:
         """Vectors [B, N, 3] for positions; absent sites get 0."""
         assert state.positions is not None
-        geometry, summed = self.geometry(state.positions, context, noise_std)
+        with torch.autocast(state.positions.device.type, enabled=False):  # distances need every digit
+            geometry, summed = self.geometry(state.positions, context, noise_std)
         tokens = self.sites(context) + self.node_feature(summed.transpose(1, 2))
         tokens = self.trunk(tokens, self.noise(noise_std), geometry)
         vectors = self.head(tokens, geometry)

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -37,7 +38,6 @@ from dig_scale.units import SECONDS_PER_DAY
 _DEATHS_WITHOUT_PROGRESS = 3
 _HEARTBEAT_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENMM_CPU_THREADS": "1"}
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -278,9 +278,7 @@ class _Prepared:
 
 def _prepared(recipe: Recipe, out: Path, specs: dict[str, SystemSpec]) -> dict[str, _Prepared]:
     missing = [spec for name, spec in specs.items() if not (out / name / "system.json").is_file()]
-    task = ray.remote(_prepare).options(
-        num_cpus=1, num_gpus=_gpu_share(len(missing)), runtime_env={"env_vars": _ONE_THREAD}
-    )
+    task = ray.remote(_prepare).options(num_cpus=1, num_gpus=_gpu_share(len(missing)))
     pending = [task.remote(spec, _checked(recipe), out) for spec in missing]
     try:
         ray.get(pending)
@@ -317,8 +315,9 @@ def _start_ray(cpus: int) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
         return
-    # A private cluster has token authentication by Ray's default; RAY_AUTH_MODE set once Ray is imported would be seen by
-    # its servers but not by this process.
+    # A private Ray has token authentication by default (RAY_AUTH_MODE set once Ray is imported would be seen by its
+    # servers alone); a secret of its own keeps it from writing one into the home folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
 
 
@@ -379,8 +378,7 @@ class _Driver:
         self._meter = meter
         self._slots: dict[Any, _Slot] = {}
         self._failures: dict[tuple[str, int], str] = {}
-        env = {"env_vars": _ONE_THREAD}
-        self._actor_class = ray.remote(_Actor).options(num_cpus=1, num_gpus=_gpu_share(actors), runtime_env=env)
+        self._actor_class = ray.remote(_Actor).options(num_cpus=1, num_gpus=_gpu_share(actors))
 
     def run(self) -> tuple[dict[tuple[str, int], str], int]:
         """Run all jobs; returns the failures and the number of restarts."""

@@ -3,9 +3,10 @@
 In: per-step numbers of this rank. Out: rows of `metrics.jsonl`, which a launcher may follow and which survive resuming
 without duplicates (rows past the resumed step are cut), TensorBoard events, and lines on stdout. Rank 0 writes.
 
-FLOP of one training sample of N sites (forward 1, backward 2, so x 3): 6 P N for the P parameters that act on every site,
-plus 12 L N² D for the attention scores and mixtures of L layers of width D. Tables and embeddings count as parameters, the
-pair channels do not, so the figure is a convention for comparing runs, not a count. MFU is FLOP/s over the device's peak.
+FLOP of one training sample of N sites (forward 1, backward 2, so x 3): 6 P N for the P parameters that multiply every
+site's token (embeddings, tables and what acts once per sample are not among them), plus 12 L N² D for the attention scores
+and mixtures of L layers of width D. Pair channels and geometric filters are left out, so the figure is a lower bound. MFU
+is FLOP/s over the peak of the devices.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _PROBE = 768
 
 @dataclass(frozen=True)
 class Throughput:
-    """What is needed to turn samples into FLOP/s: parameters, layers and width of the model, and the peak of all ranks."""
+    """What is needed to turn samples into FLOP/s: site parameters, layers and width of the model, and the peak of all ranks."""
 
     parameters: int
     layers: int

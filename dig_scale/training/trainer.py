@@ -32,7 +32,7 @@ from dig_scale.batch import Context, Score, State
 from dig_scale.config import Model, Recipe, Train
 from dig_scale.errors import TrainingError, UserError
 from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
-from dig_scale.model.score_model import ScoreModel, count_parameters
+from dig_scale.model.score_model import ScoreModel
 from dig_scale.objectives.denoising import denoising_loss
 from dig_scale.training import metrics, run_folder, zero
 from dig_scale.training.data import (
@@ -384,7 +384,15 @@ def _ema_file(folder: Path, engine: zero.ZeroEngine, ranks: zero.Ranks) -> Path:
 
 def _throughput(model: Model, ranks: zero.Ranks, precision: str) -> metrics.Throughput:
     peak = metrics.peak_flops(ranks.device, precision) * ranks.world_size
-    return metrics.Throughput(count_parameters(model), model.layers, model.width, peak)
+    return metrics.Throughput(_site_parameters(model), model.layers, model.width, peak)
+
+
+def _site_parameters(model: Model) -> int:
+    """Parameters that multiply every site's token: those of trunk and heads but for the modulation, once per sample."""
+    with torch.device("meta"):
+        named = list(ScoreModel(model).named_parameters())
+    per_site = ("trunk.", "head.", "node_feature.")
+    return sum(p.numel() for name, p in named if name.startswith(per_site) and ".modulation." not in name)
 
 
 def _new_window(run: Run) -> metrics.Window:
