@@ -14,6 +14,7 @@ import typer
 from dig_scale.config import Recipe, Sample, SolverName, bundled_recipes, load_recipe
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.stages import RunFolders, default_folders
 
 app = typer.Typer(
     help="Learn and sample the equilibrium distribution of molecular systems (Distributional Graphormer).",
@@ -36,35 +37,46 @@ SystemOption = Annotated[
 @app.command()
 def run(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run; a killed run carries on from it.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run (default: runs/RECIPE); carried on if there.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Simulate, pack, train, sample and evaluate a recipe, one stage after the other."""
     from dig_scale.stages import run_all
 
-    page = run_all(load_recipe(recipe, overrides or []), out)
+    chosen = load_recipe(recipe, overrides or [])
+    folders = RunFolders(out) if out else default_folders(chosen.name)
+    page = run_all(chosen, folders)
     typer.echo(f"report: {page}")
-    typer.echo(f"serve the model: dig-scale serve {out / 'model'}")
+    typer.echo(f"serve the model: dig-scale serve {folders.model}")
 
 
 @app.command()
 def simulate(
     recipe: RecipeArgument,
-    out: Annotated[Path, typer.Option("--out", help="Folder of trajectories; a killed campaign carries on from it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of trajectories (default: runs/RECIPE/trajectories); carried on if there."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Generate trajectories with molecular dynamics on Ray actors."""
     from dig_scale.stages import simulate_stage
 
-    simulate_stage(load_recipe(recipe, overrides or []), out)
-    typer.echo(f"trajectories: {out}")
+    chosen = load_recipe(recipe, overrides or [])
+    folder = out or default_folders(chosen.name).trajectories
+    simulate_stage(chosen, folder)
+    typer.echo(f"trajectories: {folder}")
 
 
 @app.command("import")
 def import_(
     topology: Annotated[Path, typer.Argument(help="PDB, mmCIF or another topology that MDTraj reads.")],
     trajectories: Annotated[list[Path], typer.Argument(help="Trajectory files, or .npy arrays [F, N, 3] with --unit.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of trajectories.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of trajectories (default: runs/NAME/trajectories).")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the system; the topology file's when absent.")] = None,
     sites: Annotated[
         Literal["atoms", "beads"], typer.Option(help="Atoms, or coarse-grained beads bonded in a chain.")
@@ -91,22 +103,29 @@ def import_(
         frame_spacing_ps=frame_spacing_ps,
         selection=select,
     )
-    for store in import_trajectory(topology, trajectories, out, options):
+    folder = out or default_folders(name or topology.stem).trajectories
+    for store in import_trajectory(topology, trajectories, folder, options):
         typer.echo(f"trajectory: {store}")
 
 
 @app.command()
 def pack(
     recipe: RecipeArgument,
-    trajectories: Annotated[list[Path], typer.Argument(help="Folders or .zarr trajectories.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the dataset.")],
+    trajectories: Annotated[
+        list[Path] | None, typer.Argument(help="Folders or .zarr trajectories (default: runs/RECIPE/trajectories).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the dataset (default: runs/RECIPE/dataset).")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Pack trajectories into verified WebDataset shards."""
     from dig_scale.stages import pack_stage
 
-    pack_stage(load_recipe(recipe, overrides or []), trajectories, out)
-    typer.echo(f"dataset: {out}")
+    chosen = load_recipe(recipe, overrides or [])
+    folders = default_folders(chosen.name)
+    pack_stage(chosen, trajectories or [folders.trajectories], out or folders.dataset)
+    typer.echo(f"dataset: {out or folders.dataset}")
 
 
 @app.command()
@@ -128,22 +147,31 @@ def verify(directory: Annotated[Path, typer.Argument(help="A packed dataset or a
 @app.command()
 def train(
     recipe: RecipeArgument,
-    dataset: Annotated[Path, typer.Argument(help="Folder of a packed dataset.")],
-    out: Annotated[Path, typer.Option("--out", help="Training folder; a killed run carries on from it.")],
+    dataset: Annotated[
+        Path | None, typer.Argument(help="Folder of a packed dataset (default: runs/RECIPE/dataset).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Training folder (default: runs/RECIPE/model); carried on if there.")
+    ] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; cores or GPUs when absent.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a score model with DeepSpeed on this machine (torchrun, Slurm, Ray: see launch/)."""
     from dig_scale.stages import train_stage
 
-    train_stage(load_recipe(recipe, overrides or []), dataset, out, ranks)
-    typer.echo(f"model: {out / 'model.safetensors'}")
+    chosen = load_recipe(recipe, overrides or [])
+    folders = default_folders(chosen.name)
+    train_stage(chosen, dataset or folders.dataset, out or folders.model, ranks)
+    typer.echo(f"model: {out or folders.model}")
 
 
 @app.command()
 def sample(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the ensemble; more samples are added to it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the ensemble (default: beside the model); more samples are added to it."),
+    ] = None,
     system: SystemOption = None,
     num: Annotated[int | None, typer.Option(min=1, help="Samples wanted in all.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
@@ -160,8 +188,9 @@ def sample(
     given = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch, "workers": workers}
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = Sample.model_validate(defaults.model_dump() | chosen)
-    ensemble = sample_stage(checkpoint, trained_system(checkpoint, system), settings, out)
-    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {out}")
+    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent).parent / "ensemble"
+    ensemble = sample_stage(checkpoint, trained_system(checkpoint, system), settings, folder)
+    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {folder}")
 
 
 @app.command()
@@ -225,7 +254,9 @@ def evaluate(
     reference: Annotated[
         Path, typer.Option("--reference", help="Trajectories: a folder, a .zarr, or any file with --topology.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of report.html and report.json.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of report.html and report.json (default: beside the ensemble).")
+    ] = None,
     topology: Annotated[Path | None, typer.Option(help="Topology of a trajectory file.")] = None,
     frame_spacing_ps: Annotated[float | None, typer.Option(min=0, help="Of a trajectory file without times.")] = None,
     bins: Annotated[int, typer.Option(min=2)] = 36,
@@ -236,7 +267,8 @@ def evaluate(
     from dig_scale.stages import ReferenceFile, evaluate_stage
 
     file = ReferenceFile(topology, frame_spacing_ps) if topology is not None else None
-    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), out, file)
+    folder = out or (ensemble if ensemble.is_dir() else ensemble.parent).parent / "report"
+    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), folder, file)
     typer.echo(f"report: {page}")
 
 

@@ -49,6 +49,11 @@ class RunFolders:
         return self.root / "report"
 
 
+def default_folders(name: str) -> RunFolders:
+    """Where a recipe's run goes when nothing else is said: runs/NAME."""
+    return RunFolders(Path("runs") / name)
+
+
 def simulate_stage(recipe: Recipe, out: Path) -> None:
     """Generate the trajectories of a recipe."""
     from dig_scale.simulation.campaign import Progress, simulate
@@ -127,7 +132,7 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """What a trajectory file (not of our own store) does not say: its topology, and the frame spacing in ps if it has no times."""
+    """What a trajectory file (not of our own store) does not say: its topology, and its frame spacing in ps."""
 
     topology: Path
     frame_spacing_ps: float | None = None
@@ -234,12 +239,11 @@ def _reference_from_file(source: Path, file: ReferenceFile | None, temperature: 
     return ReferenceFrames(read[0][0], [frames for _, frames in read], temperature or 300.0, None)
 
 
-def run_all(recipe: Recipe, out: Path) -> Path:
+def run_all(recipe: Recipe, folders: RunFolders) -> Path:
     """Every stage of a recipe in a row; the path of report.html."""
     for section in ("simulate", "pack", "train"):
         if getattr(recipe, section) is None:
             raise UserError(f"recipe {recipe.name!r} has no [{section}] section; `dig-scale run` needs it")
-    folders = RunFolders(out)
     simulate_stage(recipe, folders.trajectories)
     pack_stage(recipe, [folders.trajectories], folders.dataset)
     train_stage(recipe, folders.dataset, folders.model)
