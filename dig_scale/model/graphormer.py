@@ -29,20 +29,26 @@ class Geometry:
 
 
 def gather_vectors(keys: Tensor, geometry: Geometry) -> Tensor:
-    """V [B, M, N, 3] with V_im = sum_j filters_mij keys_jm (r_i - r_j), from keys [B, N, M]; rotates with the sites.
+    """V [B, 3, M, N], component first, with V_im = sum_j filters_mij keys_jm (r_i - r_j), from keys [B, N, M].
 
-    In the precision of the sites even under autocast: the two sums cancel.
+    Rotates with the sites. In the precision of the sites even under autocast: the two sums cancel.
     """
     with torch.autocast(keys.device.type, enabled=False):
-        b = keys.to(geometry.sites.dtype).transpose(1, 2).unsqueeze(-1)
-        weighted = torch.cat([b * geometry.sites.unsqueeze(1), b], dim=-1)
-        summed = geometry.filters @ weighted
-        return summed[..., 3:] * geometry.sites.unsqueeze(1) - summed[..., :3]
+        sites = geometry.sites.transpose(1, 2)
+        weights = geometry.filters * keys.to(sites.dtype).transpose(1, 2).unsqueeze(2)
+        corners = torch.cat([sites, torch.ones_like(sites[:, :1])], dim=1)
+        summed = (corners @ weights.flatten(1, 2).transpose(1, 2)).unflatten(2, weights.shape[1:3])
+        return summed[:, 3:] * sites.unsqueeze(2) - summed[:, :3]
 
 
 def soft_unit(vectors: Tensor) -> Tensor:
-    """Vectors [..., 3] bounded to length 1, smooth at 0."""
-    return vectors * torch.rsqrt(1 + (vectors**2).sum(-1, keepdim=True))
+    """Vectors [B, 3, M, N] bounded to length 1, smooth at 0."""
+    return vectors * torch.rsqrt(1 + (vectors * vectors).sum(1, keepdim=True))
+
+
+def cross(b: Tensor, c: Tensor) -> Tensor:
+    """b × c of vectors [B, 3, M, N]."""
+    return b.roll(-1, 1) * c.roll(-2, 1) - b.roll(-2, 1) * c.roll(-1, 1)
 
 
 class GeometricFilter(nn.Module):
@@ -57,12 +63,11 @@ class GeometricFilter(nn.Module):
 
     def forward(self, tokens: Tensor, geometry: Geometry) -> Tensor:
         """Update [B, N, D] to be added to the tokens."""
-        vectors = gather_vectors(self.keys(tokens), geometry)
-        mixed = soft_unit(self.mix(vectors))
-        a, b, c = mixed.chunk(3, dim=1)
-        axial = torch.linalg.cross(b, c, dim=-1)
-        invariants = [(a * axial).sum(-1), (a * b).sum(-1), (b * c).sum(-1), (a * a).sum(-1)]
-        return self.out(torch.cat(invariants, dim=1).transpose(1, 2))
+        mixed = soft_unit(self.mix(gather_vectors(self.keys(tokens), geometry)))
+        a, b, c = mixed.chunk(3, dim=2)
+        with_a = torch.cat([cross(b, c), b, a], dim=2) * a.repeat(1, 1, 3, 1)
+        invariants = torch.cat([with_a.sum(1), (b * c).sum(1)], dim=1)
+        return self.out(invariants.transpose(1, 2))
 
 
 class Attention(nn.Module):

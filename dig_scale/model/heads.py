@@ -6,11 +6,10 @@ vectors with weights that may be pseudo-scalars, so that the read-out is SE(3)- 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from dig_scale.config import Model
-from dig_scale.model.graphormer import Geometry, gather_vectors, soft_unit
+from dig_scale.model.graphormer import Geometry, cross, gather_vectors, soft_unit
 from dig_scale.model.leaves import ChannelMix, SmallLinear
 
 
@@ -28,8 +27,7 @@ class VectorHead(nn.Module):
     def forward(self, tokens: Tensor, geometry: Geometry) -> Tensor:
         """[B, N, 3]."""
         vectors = gather_vectors(self.keys(tokens), geometry)
-        mixed = soft_unit(self.mix(vectors))
-        a, b = mixed.chunk(2, dim=1)
-        polar = self.polar(tokens).transpose(1, 2).unsqueeze(-1) * vectors
-        axial = self.axial(tokens).transpose(1, 2).unsqueeze(-1) * torch.linalg.cross(a, b, dim=-1)
-        return (polar + axial).sum(dim=1)
+        a, b = soft_unit(self.mix(vectors)).chunk(2, dim=2)
+        polar = self.polar(tokens).transpose(1, 2).unsqueeze(1) * vectors
+        axial = self.axial(tokens).transpose(1, 2).unsqueeze(1) * cross(a, b)
+        return (polar + axial).sum(dim=2).transpose(1, 2)

@@ -49,7 +49,7 @@ class Modulation(nn.Linear):
 
 
 class ChannelMix(nn.Module):
-    """Linear map over channels of vectors, [B, M, N, 3] -> [B, K, N, 3]."""
+    """Linear map over channels of vectors, [B, 3, M, N] -> [B, 3, K, N]."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -57,4 +57,4 @@ class ChannelMix(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """The mixed vectors; commutes with rotations."""
-        return (self.weight @ vectors.flatten(2)).unflatten(2, vectors.shape[2:])
+        return self.weight @ vectors

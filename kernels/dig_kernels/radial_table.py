@@ -96,13 +96,13 @@ def _inside(u: Tensor, grid: KnotGrid) -> Tensor:
 
 
 def _scatter(grad: Tensor, f: Tensor, piece: Tensor, n_pieces: int) -> Tensor:
-    g1 = grad * f
-    g2 = g1 * f
-    powers = torch.cat([grad, g1, g2, g2 * f], dim=-1)
-    flat = torch.ops.aten.embedding_dense_backward(
-        powers.reshape(-1, powers.shape[-1]), piece.reshape(-1), n_pieces, -1, False
-    )
-    return flat.reshape(n_pieces, 4, grad.shape[-1])
+    channels = grad.shape[-1]
+    powers = grad.new_empty(piece.numel(), 4, channels)
+    powers[:, 0] = grad.reshape(-1, channels)
+    for k in range(3):
+        torch.mul(powers[:, k], f.reshape(-1, 1), out=powers[:, k + 1])
+    flat = torch.ops.aten.embedding_dense_backward(powers.flatten(1), piece.reshape(-1), n_pieces, -1, False)
+    return flat.view(n_pieces, 4, channels)
 
 
 def _differentiable_backward(pieces: Tensor, u: Tensor, grad: Tensor, grid: KnotGrid) -> tuple[Tensor, Tensor]:
