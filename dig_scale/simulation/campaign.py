@@ -43,7 +43,7 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a campaign stands; ns_per_day and eta_s are None until the first chunk of this session is stored."""
+    """Where a campaign stands; ns_per_day and eta_s are None until this run has stored its first chunk."""
 
     done_ns: float
     total_ns: float
@@ -72,7 +72,7 @@ class ReplicaReport:
 
 @dataclass(frozen=True)
 class CampaignReport:
-    """What a campaign made; trajectories in `replicas` are relative to `out`; wall_seconds and restarts of this session."""
+    """What a campaign made; trajectories in `replicas` are relative to `out`; wall_seconds and restarts of the last run."""
 
     out: Path
     replicas: tuple[ReplicaReport, ...]
