@@ -138,6 +138,8 @@ def deepspeed_settings(train: Train, world_size: int, n_parameters: int) -> dict
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
+            # else stage 3 replaces torch's linear for the whole process, for good, with one that rounds differently
+            "memory_efficient_linear": False,
         },
     }
 

@@ -123,3 +123,9 @@ def test_missing_rank_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(TrainingError, match=r"RANK.*not set; start with"):
         join_ranks()
+
+
+def test_stage_3_leaves_torchs_own_linear_in_place(pair: RankGroup) -> None:
+    """DeepSpeed's replacement stays for the life of the process and changes the last bits of every later run in it."""
+    pair.run("engine_job", stage=3, steps=1)
+    assert pair.run("linear_job") == [torch.nn.functional.linear.__module__] * 2
