@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from dig_scale.config import Train
 from dig_scale.errors import TrainingError
