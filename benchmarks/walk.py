@@ -159,12 +159,13 @@ def _run_beads(data: Path, out: Path) -> None:
 
 
 def script_rows(script: str) -> Callable[[Path], list[Row]]:
-    """Rows of another script of this folder, run in a process of its own."""
+    """Rows of another script of this folder, run in a process of its own, or read where it has run."""
 
     def rows(runs: Path) -> list[Row]:
         file = runs / f"{Path(script).stem}.rows.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(Path(__file__).parent / script), "--json", str(file)], check=True)
+        if not file.is_file():
+            subprocess.run([sys.executable, str(Path(__file__).parent / script), "--json", str(file)], check=True)
         return [Row(**row) for row in json.loads(file.read_text())["rows"]]
 
     return rows
