@@ -15,8 +15,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -167,9 +169,18 @@ _bound: list[_Bound] = []
 
 
 def _start_worker(draws: Draws, threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     model = load_served_model(draws.checkpoint, best_device())
     _bound[:] = [_Bound(build_bench(model, draws.system), draws.settings)]
+
+
+def _end_with_parent() -> None:
+    """Leave when the process that started this worker is gone, however it ended."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(3)
 
 
 def _draw_block(path: Path, block: np.ndarray) -> int:

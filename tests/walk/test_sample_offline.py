@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mdtraj
 import numpy as np
+import psutil
 import pytest
 
 from dig_scale.config import Model, Recipe, Sample
@@ -87,8 +88,12 @@ def test_a_killed_run_carries_on(checkpoint: Path, hundred: Path, tmp_path: Path
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("parts/*.npz")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert workers
+    assert not alive, "sampling workers outlive a killed command"
     ensemble = sample_ensemble(draws(checkpoint, tmp_path, num=100, batch=4))
     assert np.abs(ensemble.positions - read_ensemble(hundred).positions).max() < 1e-3
 
