@@ -37,7 +37,8 @@ def main() -> None:
     rows: list[Row] = []
     for part in arguments.only.split(","):
         rows += PARTS[part](arguments.runs)
-        publish(rows, arguments.json)
+    left_out = [Row(part, NOT_MEASURED, "", "", None) for part in PARTS if part not in arguments.only.split(",")]
+    publish(rows + left_out, arguments.json)
 
 
 def dig_scale(*words: str | Path) -> None:
@@ -89,7 +90,7 @@ def distribution_rows(name: str, report: dict[str, Any], divergence_bar: float, 
     """JS of (phi, psi) with its noise floors, and the ratio of populations of phi > 0 (model over MD)."""
     (one,) = report["maps"]
     distance = one["divergence"]
-    left = next(basin for basin in one["basins"] if "φ > 0" in basin["definition"])
+    left = next(basin for basin in one["basins"] if basin["name"] == "φ > 0")
     model, md = (left["population"][key]["value"] for key in ("model", "md"))
     ratio = model / md if md else float("inf")
     return [
@@ -121,7 +122,7 @@ def cost_rows(name: str, report: dict[str, Any]) -> list[Row]:
             f"{name}: network evaluations per sample", cost["network_evaluations_per_sample"], "", MOST_EVALUATIONS
         ),
         note(f"{name}: samples per CPU second", cost["model_samples_per_second"], "1/s"),
-        note(f"{name}: speed-up over MD per independent sample", cost["speed_up"], "x"),
+        note(f"{name}: speed-up over MD per independent sample", cost["speed_up"] or "not recorded", "x"),
     ]
 
 
