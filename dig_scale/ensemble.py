@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dig_shards.durable import replace_durably
 
 from dig_scale.errors import UserError
 from dig_scale.system import System
@@ -76,12 +76,7 @@ def ensemble_bytes(ensemble: Ensemble) -> bytes:
 def write_ensemble_file(ensemble: Ensemble, path: Path) -> Path:
     """Write the .npz atomically (temporary file, fsync, rename) and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(ensemble_bytes(ensemble))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    replace_durably(path, ensemble_bytes(ensemble))
     return path
 
 

@@ -147,6 +147,11 @@ def pack_dataset(recipe: Recipe, folders: Sequence[Path], out: Path, progress: P
         raise UserError(str(error)) from error
 
 
+def packed_system(system: System, plan: Pack | None) -> System:
+    """What a model trained on datasets of this plan sees of a system: all of it, or its heavy atoms alone."""
+    return system.select(system.heavy_sites()) if plan is not None and plan.atoms == "heavy" else system
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """A trajectory to pack: its source and the System of the sites that are kept."""

@@ -107,6 +107,7 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
     """The system to sample: a training system by name, a file, or a sequence; the only training system when None."""
     import torch
 
+    from dig_scale.records import packed_system
     from dig_scale.serving.catalogue import Catalogue
     from dig_scale.serving.schema import SamplesRequest
     from dig_scale.serving.served import load_served_model
@@ -125,8 +126,7 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
         from dig_scale.importers import system_from_spec
 
         system = system_from_spec(SystemSpec(name=Path(wanted).stem, file=Path(wanted)), model.recipe.simulate)
-        heavy = model.recipe.pack is not None and model.recipe.pack.atoms == "heavy"
-        return system.select(system.heavy_sites()) if heavy else system
+        return packed_system(system, model.recipe.pack)
     return Catalogue(model).system(SamplesRequest(sequence=wanted, num=1))
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from dig_scale.errors import UserError
+from dig_scale.records import packed_system
 from dig_scale.serving.schema import MAX_SITES, SamplesRequest
 from dig_scale.serving.served import ServedModel
 from dig_scale.system import System
@@ -59,8 +60,7 @@ class Catalogue:
 
     def _build(self, field: str, text: str) -> System:
         system = _from_sequence(text, self._model) if field == "sequence" else _from_smiles(text)
-        pack = self._model.recipe.pack
-        return system.select(system.heavy_sites()) if pack is not None and pack.atoms == "heavy" else system
+        return packed_system(system, self._model.recipe.pack)
 
 
 def _from_sequence(text: str, model: ServedModel) -> System:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dig_shards.durable import replace_durably
 
 from dig_scale.config import Sample
 from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble, write_ensemble_file
@@ -102,9 +103,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         if changed:
             raise UserError(f"{out} holds samples of another run ({'; '.join(changed)}): give another --out")
         return
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(identity, indent=1))
-    temporary.replace(record)
+    replace_durably(record, json.dumps(identity, indent=1).encode())
 
 
 def _existing(out: Path, wanted: int) -> Ensemble | None:

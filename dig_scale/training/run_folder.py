@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from dig_shards import Cursor, ShardError, load_manifest
+from dig_shards.durable import replace_durably
 
 from dig_scale.config import Recipe
 from dig_scale.errors import TrainingError
@@ -62,7 +63,7 @@ def claim_folder(out: Path, recipe: Recipe, dataset: Path) -> RunState:
     path = out / "run.json"
     if not path.is_file():
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({**wanted, "dataset": str(dataset)}, indent=1))
+        replace_durably(path, json.dumps({**wanted, "dataset": str(dataset)}, indent=1).encode())
         return "new"
     differences = _differences(json.loads(path.read_text()), wanted)
     if differences:
@@ -130,22 +131,11 @@ def publish_checkpoint(out: Path, progress: Progress, keep: int) -> Path:
     folder = hidden.with_name(f"step-{progress.step:08d}")
     shutil.rmtree(folder, ignore_errors=True)
     hidden.replace(folder)
-    write_atomically(folder.parent / "latest", folder.name)
+    replace_durably(folder.parent / "latest", folder.name.encode())
     complete = sorted(folder.parent.glob("step-*"))
     for old in [*complete[:-keep], *folder.parent.glob(".step-*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _flush(path.parent)
 
 
 def _dataset_identity(dataset: Path) -> str:
