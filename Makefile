@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
+# a CUDA build of torch brings the Triton it was made for; beside a CPU build the tests of the kernels need this one
+TRITON := triton==3.6.0
 
 .PHONY: install quickstart test lint format walk clean
 
@@ -15,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check $(TRITON)
 	touch $(STAMP)
 
 quickstart: install

@@ -102,6 +102,8 @@ class Model(Section):
     max_path_length: PositiveInt = 8
     radial_knots: int = Field(default=1024, ge=0)
     """Knots of the radial bias table; 0 evaluates the direct form for every pair."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """`auto`: fused kernels on a GPU, their fast form on a CPU; `reference`: plain PyTorch from the formulas."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:

@@ -87,6 +87,7 @@ def build_score_model(checkpoint: Checkpoint, weights: Literal["ema", "weights"]
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"the {weights} of this checkpoint do not fit the model of its recipe: {problem}") from None
+    model.pair_bias.review_table()
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """The trunk: pre-norm Graphormer blocks with pair-biased attention, geometric filters and time conditioning.
 
-Tokens [B, N, D], pair bias [B, H, N, N] shared by all blocks, geometric filters shared by all blocks, condition [B, D].
+Tokens [B, N, D], condition [B, D]; pair bias and geometric filters are shared by all blocks and reached through
+`PairOperators`, whose ledgers travel with the tokens.
 Every block is modulated by the condition (adaLN, Peebles & Xie 2023). No chemistry and no diffusion here.
 
 A geometric filter gathers vectors V_im = sum_j w_ijm b_jm (r_i - r_j)/|r_i - r_j| and returns invariants of them:
@@ -10,35 +11,12 @@ mirror image wherever three directions span space, stereocentre or not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from dig_scale.config import Model
 from dig_scale.model.leaves import ChannelMix, Modulation
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What blocks know of space: attention bias [B,H,N,N], filter weights over distance [B,M,N,N] in 1/Å, sites [B,N,3] Å."""
-
-    bias: Tensor
-    filters: Tensor
-    sites: Tensor
-
-
-def gather_vectors(keys: Tensor, geometry: Geometry) -> Tensor:
-    """V [B, 3, M, N], component first, with V_im = sum_j filters_mij keys_jm (r_i - r_j), from keys [B, N, M].
-
-    Rotates with the sites. In the precision of the sites even under autocast: the two sums cancel.
-    """
-    with torch.autocast(keys.device.type, enabled=False):
-        sites = geometry.sites.transpose(1, 2)
-        weights = geometry.filters * keys.to(sites.dtype).transpose(1, 2).unsqueeze(2)
-        corners = torch.cat([sites, torch.ones_like(sites[:, :1])], dim=1)
-        summed = (corners @ weights.flatten(1, 2).transpose(1, 2)).unflatten(2, weights.shape[1:3])
-        return summed[:, 3:] * sites.unsqueeze(2) - summed[:, :3]
+from dig_scale.model.pair_operators import Ledgers, PairOperators
 
 
 def soft_unit(vectors: Tensor) -> Tensor:
@@ -61,13 +39,14 @@ class GeometricFilter(nn.Module):
         self.mix = ChannelMix(m, 3 * m)
         self.out = nn.Linear(4 * m, config.width)
 
-    def forward(self, tokens: Tensor, geometry: Geometry) -> Tensor:
-        """Update [B, N, D] to be added to the tokens."""
-        mixed = soft_unit(self.mix(gather_vectors(self.keys(tokens), geometry)))
+    def forward(self, tokens: Tensor, pairs: PairOperators, ledgers: Ledgers) -> tuple[Tensor, Ledgers]:
+        """Update [B, N, D] to be added to the tokens, and the ledgers."""
+        vectors, ledgers = pairs.gather(self.keys(tokens), ledgers)
+        mixed = soft_unit(self.mix(vectors))
         a, b, c = mixed.chunk(3, dim=2)
         with_a = torch.cat([cross(b, c), b, a], dim=2) * a.repeat(1, 1, 3, 1)
         invariants = torch.cat([with_a.sum(1), (b * c).sum(1)], dim=1)
-        return self.out(invariants.transpose(1, 2))
+        return self.out(invariants.transpose(1, 2)), ledgers
 
 
 class Attention(nn.Module):
@@ -79,19 +58,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """[B, N, D] from tokens [B, N, D] and bias [B, H, N, N] (masked keys carry a large negative number)."""
-        batch, n, width = tokens.shape
-        heads = self.qkv(tokens).view(batch, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.unbind(0)
-        logits = torch.baddbmm(
-            bias.reshape(-1, n, n),
-            q.reshape(-1, n, q.shape[-1]),
-            k.reshape(-1, n, k.shape[-1]).transpose(1, 2),
-            alpha=q.shape[-1] ** -0.5,
-        )
-        mixed = torch.bmm(torch.softmax(logits, dim=-1), v.reshape(-1, n, v.shape[-1]))
-        return self.out(mixed.view(batch, self.heads, n, -1).transpose(1, 2).reshape(batch, n, width))
+    def forward(self, tokens: Tensor, pairs: PairOperators, ledgers: Ledgers) -> tuple[Tensor, Ledgers]:
+        """[B, N, D] from tokens [B, N, D], and the ledgers."""
+        mixed, ledgers = pairs.attend(self.qkv(tokens), self.heads, ledgers)
+        return self.out(mixed), ledgers
 
 
 class Block(nn.Module):
@@ -108,14 +78,17 @@ class Block(nn.Module):
             nn.Linear(width, config.feed_forward), nn.GELU(), nn.Linear(config.feed_forward, width)
         )
 
-    def forward(self, tokens: Tensor, condition: Tensor, geometry: Geometry) -> Tensor:
-        """Tokens [B, N, D] -> tokens; condition [B, D]."""
+    def forward(
+        self, tokens: Tensor, condition: Tensor, pairs: PairOperators, ledgers: Ledgers
+    ) -> tuple[Tensor, Ledgers]:
+        """Tokens [B, N, D] -> tokens, and the ledgers; condition [B, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = torch.addcmul(shift1, self.norm(tokens), 1 + scale1)
-        update = self.attention(inner, geometry.bias) + self.geometric(inner, geometry)
-        tokens = torch.addcmul(tokens, gate1, update)
+        attended, ledgers = self.attention(inner, pairs, ledgers)
+        filtered, ledgers = self.geometric(inner, pairs, ledgers)
+        tokens = torch.addcmul(tokens, gate1, attended + filtered)
         inner = torch.addcmul(shift2, self.norm(tokens), 1 + scale2)
-        return torch.addcmul(tokens, gate2, self.feed_forward(inner))
+        return torch.addcmul(tokens, gate2, self.feed_forward(inner)), ledgers
 
 
 class Trunk(nn.Module):
@@ -126,8 +99,9 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, condition: Tensor, geometry: Geometry) -> Tensor:
-        """Tokens [B, N, D] -> normalised tokens [B, N, D]."""
+    def forward(self, tokens: Tensor, condition: Tensor, pairs: PairOperators) -> tuple[Tensor, Ledgers]:
+        """Tokens [B, N, D] -> normalised tokens [B, N, D], and the ledgers."""
+        ledgers = pairs.open()
         for block in self.blocks:
-            tokens = block(tokens, condition, geometry)
-        return self.norm(tokens)
+            tokens, ledgers = block(tokens, condition, pairs, ledgers)
+        return self.norm(tokens), ledgers

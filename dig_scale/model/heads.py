@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dig_scale.config import Model
-from dig_scale.model.graphormer import Geometry, cross, gather_vectors, soft_unit
+from dig_scale.model.graphormer import cross, soft_unit
 from dig_scale.model.leaves import ChannelMix, SmallLinear
+from dig_scale.model.pair_operators import Ledgers, PairOperators
 
 
 class VectorHead(nn.Module):
@@ -24,9 +25,9 @@ class VectorHead(nn.Module):
         self.axial = SmallLinear(config.width, m)
         self.mix = ChannelMix(m, 2 * m)
 
-    def forward(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, tokens: Tensor, pairs: PairOperators, ledgers: Ledgers) -> Tensor:
         """[B, N, 3]."""
-        vectors = gather_vectors(self.keys(tokens), geometry)
+        vectors, _ = pairs.gather(self.keys(tokens), ledgers)
         a, b = soft_unit(self.mix(vectors)).chunk(2, dim=2)
         polar = self.polar(tokens).transpose(1, 2).unsqueeze(1) * vectors
         axial = self.axial(tokens).transpose(1, 2).unsqueeze(1) * cross(a, b)

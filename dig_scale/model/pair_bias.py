@@ -5,22 +5,27 @@ matters. For pairs one and two bonds apart (bonds, angles) z is the departure fr
 noise, z = asinh((d - d_ref)/sqrt(w0² + noise²)); for all others z is the distance shrunk to the extent of the clean
 molecule. gain and shift depend on the two elements, as in DiG. Segments (path length 1, 2, 3, more) lie apart on the
 u axis, so that one function of one scalar serves all: MLP(Gaussians(u)), tabulated by dig_kernels.radial_table; the
-direct form, evaluated for every pair, is its oracle (`radial_knots = 0`). Blind to schedules: it is told noise_std.
+direct form, evaluated for every pair, is its oracle (`radial_knots = 0`), and takes over where a table would be too
+coarse. Blind to schedules: it is told noise_std.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from dig_kernels.radial_table import KnotGrid, evaluate_pieces, hermite_pieces
+from dig_kernels.radial_table import DirectForm, KnotGrid, build_table, evaluate_pieces, hermite_pieces
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import gelu, linear, pad
 
 from dig_scale.batch import Context
 from dig_scale.config import Model
 from dig_scale.model.leaves import NormalEmbedding
+
+logger = logging.getLogger("dig_scale")
 
 RELATIVE_WIDTH = 0.03
 """w0 in Å: thermal width of a bond length, the finest resolution asked for."""
@@ -82,21 +87,23 @@ class RadialChannels(nn.Module):
         self.out_weight = nn.Parameter(torch.randn(channels, kernels) * kernels**-0.5)
         self.out_bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and exact slopes d/du, [..., C] each, both differentiable in the parameters."""
+    def forward(self, u: Tensor, derivatives: Literal[0, 1] = 0) -> tuple[Tensor, ...]:
+        """Values and, where asked, exact slopes d/du, [..., C] each, both differentiable in the parameters."""
         inverse = torch.exp(-self.log_width)
         offset = (u.unsqueeze(-1) - self.centre) * inverse
         gauss = torch.exp(-0.5 * offset**2)
         hidden = linear(gauss, self.hidden_weight, self.hidden_bias)
+        value = linear(gelu(hidden), self.out_weight, self.out_bias)
+        if derivatives == 0:
+            return (value,)
         hidden_slope = linear(-offset * inverse * gauss, self.hidden_weight)
-        gate = 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))  # GELU(h) = h gate(h)
-        gelu_slope = gate + hidden * torch.exp(-0.5 * hidden**2) / math.sqrt(2 * math.pi)
-        value = linear(hidden * gate, self.out_weight, self.out_bias)
+        gelu_slope = 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        gelu_slope = gelu_slope + hidden * torch.exp(-0.5 * hidden**2) / math.sqrt(2 * math.pi)
         return value, linear(gelu_slope * hidden_slope, self.out_weight)
 
 
 class PairBias(nn.Module):
-    """Geometry and static encodings of all pairs as `channels` numbers per ordered pair, [B, C, N, N] (0 on the diagonal)."""
+    """Geometry and static encodings of all pairs as `channels` numbers per pair: radial(u) + path + bond."""
 
     def __init__(self, config: Model, channels: int) -> None:
         super().__init__()
@@ -109,13 +116,45 @@ class PairBias(nn.Module):
         self.bond = NormalEmbedding(BOND_ORDERS, channels, std=0.1)
 
     def forward(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
-        """Channels [B, C, N, N] from pair distances [B, P] in Å and noise_std [B] in Å."""
+        """Channels [B, C, N, N], 0 on the diagonal, from pair distances [B, P] in Å and noise_std [B] in Å.
+
+        Every pair i < j is evaluated once, from the table unless `radial_knots` is 0.
+        """
         u = self.scalar(distance, pairs, context, noise_std)
-        radial = self._tabulated(u) if self.grid else self.radial(u)[0]
-        both = radial + self._static(pairs, context)
-        padded = pad(both.transpose(1, 2), (0, 1))
-        n = context.n_sites
-        return padded.index_select(2, pairs.expand).view(len(distance), -1, n, n)
+        radial = evaluate_pieces(self.pieces(), u, self.grid) if self.grid else self.radial(u)[0]
+        return spread(radial + self.static(pairs, context), pairs)
+
+    def direct(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
+        """The same [B, C, N, N] from the formula: Gaussians and MLP for every ordered pair. The oracle."""
+        u = spread(self.scalar(distance, pairs, context, noise_std).unsqueeze(-1), pairs).squeeze(1)
+        both = self.radial(u)[0].permute(0, 3, 1, 2) + spread(self.static(pairs, context), pairs)
+        apart = ~torch.eye(u.shape[-1], dtype=torch.bool, device=u.device)
+        return both * apart
+
+    @torch.no_grad()
+    def review_table(self) -> float:
+        """Error of the table half way between knots, relative to the channels' ranges; 0 for the direct form.
+
+        Where it is too large for these weights, the direct form takes over from here on and a warning says so.
+        """
+        if self.grid is None:
+            return 0.0
+        found = build_table(lambda u: _pair(self.radial(u, 1)), self.grid, like=self.radial.centre)
+        if isinstance(found, DirectForm):
+            logger.warning(
+                "the radial table of %d knots misses the exact function by %.1e of its range: the direct form is used, "
+                "which is slower; a model with more model.radial_knots would not need it",
+                self.grid.knots,
+                found.error,
+            )
+            self.grid = None
+        return found.error
+
+    def pieces(self) -> Tensor:
+        """Hermite pieces [K-1, 4, C] of the radial channels, built from the exact function at the knots."""
+        assert self.grid is not None
+        values, slopes = self.radial(self.grid.positions(self.radial.centre), 1)
+        return hermite_pieces(values, slopes, self.grid)
 
     def scalar(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
         """u [B, P] of every pair."""
@@ -134,11 +173,19 @@ class PairBias(nn.Module):
         a, b = context.element[:, pairs.first], context.element[:, pairs.second]
         return torch.minimum(a, b) * ELEMENTS + torch.maximum(a, b)
 
-    def _static(self, pairs: PairList, context: Context) -> Tensor:
+    def static(self, pairs: PairList, context: Context) -> Tensor:
+        """Path and bond encodings [b, P, C]."""
         length = context.path_length[:, pairs.first, pairs.second].clamp(max=self.max_path + 1)
         return self.path(length) + self.bond(context.bond_order[:, pairs.first, pairs.second])
 
-    def _tabulated(self, u: Tensor) -> Tensor:
-        assert self.grid is not None
-        values, slopes = self.radial(self.grid.positions(u))
-        return evaluate_pieces(hermite_pieces(values, slopes, self.grid), u, self.grid)
+
+def _pair(both: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    value, slope = both
+    return value, slope
+
+
+def spread(of_pairs: Tensor, pairs: PairList) -> Tensor:
+    """[B, C, N, N], 0 on the diagonal, from values [B, P, C] of the pairs i < j."""
+    n = math.isqrt(len(pairs.expand))
+    padded = pad(of_pairs.transpose(1, 2), (0, 1))
+    return padded.index_select(2, pairs.expand).view(len(of_pairs), -1, n, n)

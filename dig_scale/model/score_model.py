@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from dig_scale.batch import Context, Score, State
 from dig_scale.config import Model
 from dig_scale.model.features import ENVIRONMENT_CODES
-from dig_scale.model.graphormer import Geometry, Trunk
+from dig_scale.model.graphormer import Trunk
 from dig_scale.model.heads import VectorHead
 from dig_scale.model.leaves import NormalEmbedding
-from dig_scale.model.pair_bias import ELEMENTS, PairBias, noise_scale, pair_list
+from dig_scale.model.pair_bias import ELEMENTS, PairBias
+from dig_scale.model.pair_operators import PairOperators
+from dig_scale.model.select import PairWidths, geometry_builder
 
 MAX_DEGREE = 16
 FOURIER_FREQUENCIES = 32
-MASKED = -1e4
-"""Attention bias of absent keys."""
-MIN_DISTANCE = 1e-2
-"""Å; keeps pair directions finite where sites coincide."""
 
 
 class NoiseEmbedding(nn.Module):
@@ -77,30 +75,17 @@ class ScoreModel(nn.Module):
         """Vectors [B, N, 3] for positions; absent sites get 0."""
         assert state.positions is not None
         with torch.autocast(state.positions.device.type, enabled=False):  # distances need every digit
-            geometry, summed = self.geometry(state.positions, context, noise_std)
-        tokens = self.sites(context) + self.node_feature(summed.transpose(1, 2))
-        tokens = self.trunk(tokens, self.noise(noise_std), geometry)
-        vectors = self.head(tokens, geometry)
+            pairs, summed = self.geometry(state.positions, context, noise_std)
+        tokens = self.sites(context) + self.node_feature(summed)
+        tokens, ledgers = self.trunk(tokens, self.noise(noise_std), pairs)
+        vectors = self.head(tokens, pairs, ledgers)
         return Score(positions=vectors * context.present.unsqueeze(-1))
 
-    def geometry(self, positions: Tensor, context: Context, noise_std: Tensor) -> tuple[Geometry, Tensor]:
-        """Geometry of the batch, and the node feature sum_j g(u_ij) [B, M, N]."""
-        pairs = pair_list(positions.shape[1], positions.device)
-        offset = positions[:, pairs.first] - positions[:, pairs.second]
-        distance = torch.sqrt((offset**2).sum(-1) + MIN_DISTANCE**2)
-        channels = self.pair_bias(distance, pairs, context, noise_std)
-        m = self.config.vector_channels
-        bias, filters, node = channels.split([self.config.heads, m, m], dim=1)
-        absent = ~context.present[:, None, None, :]
-        scale = noise_scale(noise_std, context.extent)
-        inverse = nn.functional.pad(torch.reciprocal(distance * scale[:, None]), (0, 1))
-        inverse = inverse[:, pairs.expand].view(len(positions), 1, *channels.shape[2:]).masked_fill(absent, 0.0)
-        geometry = Geometry(
-            bias=bias.masked_fill(absent, MASKED),
-            filters=filters * inverse,
-            sites=positions * scale[:, None, None],
-        )
-        return geometry, node.masked_fill(absent, 0.0).sum(-1)
+    def geometry(self, positions: Tensor, context: Context, noise_std: Tensor) -> tuple[PairOperators, Tensor]:
+        """Operators over the pairs of the batch, and the node feature sum_j g(u_ij) [B, N, M]."""
+        c, m = self.config, self.config.vector_channels
+        widths = PairWidths(heads=c.heads, filters=m, node=m, layers=c.layers, head_width=c.width // c.heads)
+        return geometry_builder(c.kernels, positions)(self.pair_bias, widths, positions, context, noise_std)
 
 
 def count_parameters(config: Model) -> int:

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -320,12 +320,14 @@ def _validate(run: Run, done: int, writer: metrics.MetricsWriter | None) -> None
             micro = part.micro.to(run.ranks.device)
             losses = run.engine(micro)
             levels = levels.plus(losses, micro.t) if part.weight else levels
+        table_error = cast(ScoreModel, run.engine.module.network).pair_bias.review_table()
     run.engine.module.train()
     sums = torch.stack([levels.total, levels.count])
     dist.all_reduce(sums)
     if writer is not None:
         total, count = sums.cpu().numpy()
         row = {"loss": float(total.sum() / count.sum()), "loss_by_level": metrics.level_means(total, count)}
+        row["radial_table_error"] = table_error
         writer.write({"kind": "validation", "step": done, **row, "seconds": time.perf_counter() - start})
 
 

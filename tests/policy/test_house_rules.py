@@ -55,6 +55,14 @@ def test_heavy_packages_come_in_through_their_doors_alone(package: str) -> None:
     assert users <= DOORS[package]
 
 
+def test_triton_stays_in_the_kernels_and_a_processor_does_without() -> None:
+    users = {path.relative_to(ROOT).parts[:2] for path in sources() if "triton" in imported(path)}
+    assert users == {("kernels", "dig_kernels")}
+    code = "import sys, dig_scale.model.score_model, dig_scale.sampling.integrate; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_no_public_function_takes_a_boolean() -> None:
     offenders = []
     for path in sources():

@@ -112,10 +112,24 @@ def test_the_table_gives_the_gradients_of_the_direct_form() -> None:
     assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-4 * torch.linalg.norm(gradients[1])
 
 
+def test_a_table_too_coarse_for_its_weights_gives_way_to_the_direct_form(caplog: pytest.LogCaptureFixture) -> None:
+    model = lively_model(SMALL.model_copy(update={"radial_knots": 1024}))
+    assert model.pair_bias.review_table() < 1e-4 and model.pair_bias.grid is not None
+    with torch.no_grad():
+        model.pair_bias.radial.log_width -= 3.5  # Gaussians much narrower than the knots are apart
+    system = SYSTEMS["alanine"]
+    x, context = noised(system, 2), featurise(system)
+    direct = ScoreModel(SMALL.model_copy(update={"radial_knots": 0})).eval()
+    direct.load_state_dict(model.state_dict())
+    assert model.pair_bias.review_table() > 1e-4
+    assert "radial_knots" in caplog.text
+    assert torch.equal(output(model, x, context, 0.3), output(direct, x, context, 0.3))
+
+
 def test_radial_slopes_are_the_derivatives() -> None:
     radial = RadialChannels(32, 5).double()
     u = torch.linspace(0.3, U_STOP - 0.3, 101, dtype=torch.float64, requires_grad=True)
-    values, slopes = radial(u)
+    values, slopes = radial(u, 1)
     for channel in range(5):
         (exact,) = torch.autograd.grad(values[:, channel].sum(), u, retain_graph=True)
         assert torch.allclose(slopes[:, channel], exact, atol=1e-10)

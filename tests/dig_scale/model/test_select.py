@@ -1,0 +1,154 @@
+"""Every implementation of the pair operators is the same model: same values, same gradients, one checkpoint."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dig_scale.batch import Context, State, collate
+from dig_scale.config import Model
+from dig_scale.errors import UserError
+from dig_scale.importers.protein import system_from_sequence
+from dig_scale.model.features import featurise
+from dig_scale.model.score_model import ScoreModel
+from dig_scale.system import System
+from tests.molecules import five_beads
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
+SMALL = Model(layers=2, width=32, heads=4, feed_forward=48, radial_kernels=24, radial_knots=2048, vector_channels=4)
+SEQUENCES = {"small": "ACE-ALA-NME", "large": "ACE-ALA-SER-ALA-GLY-ALA-NME"}
+
+
+@cache
+def system(size: str) -> System:
+    if size == "beads":
+        return five_beads()
+    return system_from_sequence(size, SEQUENCES[size])
+
+
+def doubled(context: Context) -> Context:
+    return Context(**{k: v.double() if v.is_floating_point() else v for k, v in vars(context).items()})
+
+
+def model_with(kernels: str, dtype: torch.dtype = torch.float64) -> ScoreModel:
+    torch.manual_seed(0)
+    model = ScoreModel(SMALL.model_copy(update={"kernels": kernels}))
+    with torch.no_grad():
+        for layer in (model.head.polar, model.head.axial):
+            layer.weight.normal_(std=0.3)
+    return model.to(dtype)
+
+
+def batch_of(sizes: tuple[str, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Context]:
+    context = collate([featurise(system(size)) for size in sizes])
+    x = torch.zeros(len(sizes), context.n_sites, 3, dtype=dtype)
+    for row, size in zip(x, sizes, strict=True):
+        positions = torch.as_tensor(system(size).reference_positions, dtype=dtype)
+        row[: len(positions)] = positions - positions.mean(0)
+    generator = torch.Generator().manual_seed(1)
+    x = x + 0.3 * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return x, doubled(context) if dtype == torch.float64 else context
+
+
+def value_and_gradients(model: ScoreModel, positions: Tensor, context: Context) -> dict[str, Tensor]:
+    positions = positions.clone().requires_grad_()
+    out = model(State(positions), context, torch.full((len(positions),), 0.2, dtype=positions.dtype)).positions
+    assert out is not None
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(out.square().sum(), [positions, *parameters.values()], allow_unused=True)
+    named = zip(("positions", *parameters), found, strict=True)
+    return {"out": out.detach(), **{name: g for name, g in named if g is not None}}
+
+
+def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    assert found.keys() == wanted.keys()
+    scale = max(float(w.abs().max()) for name, w in wanted.items() if name != "out")
+    errors = [
+        (float((found[name] - w).abs().max()) / (float(w.abs().max()) + 1e-4 * scale), name)
+        for name, w in wanted.items()
+    ]
+    return max(errors)
+
+
+@pytest.mark.parametrize("sizes", [("small", "small"), ("large", "large"), ("large", "small")])
+def test_the_fast_form_has_the_values_and_gradients_of_the_reference(sizes: tuple[str, ...]) -> None:
+    x, context = batch_of(sizes)
+    wanted = value_and_gradients(model_with("reference"), x, context)
+    error, name = largest_difference(value_and_gradients(model_with("auto"), x, context), wanted)
+    assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("sizes", [("small", "small"), ("small", "beads")])
+def test_the_fused_kernels_have_the_values_and_gradients_of_the_reference(sizes: tuple[str, ...]) -> None:
+    x, context = batch_of(sizes, torch.float32)
+    wanted = value_and_gradients(model_with("reference"), x.double(), doubled(context))
+    found = value_and_gradients(model_with("triton", torch.float32), x, context)
+    error, name = largest_difference({key: value.double() for key, value in found.items()}, wanted)
+    assert error < 1e-3, name
+
+
+def test_fused_kernels_without_a_table_are_refused_with_the_way_out() -> None:
+    x, context = batch_of(("small",), torch.float32)
+    model = ScoreModel(SMALL.model_copy(update={"kernels": "triton", "radial_knots": 0}))
+    with pytest.raises(UserError, match=r"model\.radial_knots"):
+        model(State(x), context, torch.full((1,), 0.5))
+
+
+def test_a_checkpoint_of_one_runs_with_the_other() -> None:
+    trained = model_with("reference", torch.float32)
+    other = ScoreModel(SMALL)
+    other.load_state_dict(trained.state_dict(), strict=True)
+    x, context = batch_of(("large", "large"), torch.float32)
+    level = torch.full((2,), 0.5)
+    with torch.no_grad():
+        a, b = (m.eval()(State(x), context, level).positions for m in (trained, other))
+    assert a is not None and b is not None
+    assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
+
+
+def test_recomputed_blocks_have_the_same_gradients() -> None:
+    x, context = batch_of(("large", "large"))
+    plain, recomputed = model_with("auto"), model_with("auto")
+    for block in recomputed.trunk.blocks:
+        forward = block.forward
+        block.forward = lambda *given, forward=forward: checkpoint(forward, *given, use_reentrant=False)
+    wanted = value_and_gradients(plain, x, context)
+    found = value_and_gradients(recomputed, x, context)
+    assert all(torch.equal(found[name], w) for name, w in wanted.items())
+
+
+def test_forward_mode_derivatives_fall_back_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    x, context = batch_of(("large",))
+    model, level = model_with("auto"), torch.full((1,), 0.2, dtype=torch.float64)
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+
+    def score(positions: Tensor) -> Tensor:
+        out = model(State(positions), context, level).positions
+        assert out is not None
+        return out
+
+    _, derivative = torch.func.jvp(score, (x,), (tangent,))
+    with torch.no_grad():
+        step = 1e-5
+        difference = (score(x + step * tangent) - score(x - step * tangent)) / (2 * step)
+    assert torch.allclose(derivative, difference, atol=1e-4 * float(derivative.detach().abs().max()))
+
+
+def test_second_derivatives_agree_with_those_of_the_reference() -> None:
+    x, context = batch_of(("large",))
+
+    def curvature(kernels: str) -> Tensor:
+        positions = x.clone().requires_grad_()
+        out = model_with(kernels)(State(positions), context, torch.full((1,), 0.2, dtype=x.dtype)).positions
+        assert out is not None
+        (first,) = torch.autograd.grad(out.square().sum(), positions, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), positions)[0]
+
+    wanted = curvature("reference")
+    assert (curvature("auto") - wanted).abs().max() < 2e-2 * wanted.abs().max()  # the table's f'' is piecewise linear
