@@ -168,7 +168,7 @@ def compare(values: Values, case: str) -> dict[Key, Value]:
         best = smallest(values, _keys(case, subjects, column))
         if column != declared.BOTH:
             found[Key("attention", case, declared.BEST, column)] = values[best]
-            found[Key("attention", case, declared.BEST, f"{declared.MODE}, {column}")] = mode_of(values, best)
+            found[Key("attention", case, declared.BEST, declared.mode_of(column))] = named_best(values, best)
         for name, (theirs, _, _) in declared.COMPARED.items():
             rival = smallest(values, _keys(case, theirs, column))
             found[Key("attention", case, declared.over_ours(name), column)] = ratio(values, rival, best)
@@ -176,7 +176,7 @@ def compare(values: Values, case: str) -> dict[Key, Value]:
     return found
 
 
-def mode_of(values: Values, best: Key) -> str:
+def named_best(values: Values, best: Key) -> str:
     """Which subject is the best, if any was measured."""
     return NOT_MEASURED if isinstance(values[best], str) else best.subject
 

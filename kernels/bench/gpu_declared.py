@@ -66,6 +66,11 @@ COMPARED: Mapping[str, tuple[tuple[str, ...], float | None, float | None]] = {
 """Competitors by name: whose fastest counts, and the bars on forward and on stack where 256 <= L <= 2048."""
 
 
+def mode_of(column: str) -> str:
+    """Column that names the best of ours in `column`."""
+    return f"{MODE}, {column}"
+
+
 def over_ours(name: str) -> str:
     """Subject of a comparison."""
     return f"{name} over ours"
@@ -90,7 +95,7 @@ def attention_measures(lengths: Sequence[int]) -> list[Measure]:
 def _best_measures(case: str) -> list[Measure]:
     bars = {FORWARD: Bar("<=", 0.32), STACK: Bar("<=", 1.1)} if case == case_of(512) else {}
     best = [Measure(Key("attention", case, BEST, column), "ms", bars.get(column)) for column in (FORWARD, STACK)]
-    return best + [Measure(Key("attention", case, BEST, f"{MODE}, {column}"), "") for column in (FORWARD, STACK)]
+    return best + [Measure(Key("attention", case, BEST, mode_of(column)), "") for column in (FORWARD, STACK)]
 
 
 def _comparisons(case: str) -> list[Measure]:
@@ -217,3 +222,5 @@ PARTS = {
     "step": (step_measures, (STEP, MICRO_BATCHES, PEAK, RATE, MFU)),
 }
 """By part: its measures for some lengths, and the columns that are printed."""
+TEXTS = (VARIANTS, MODE, *(mode_of(column) for column in (FORWARD, STACK)))
+"""Columns whose values are texts where all is well."""

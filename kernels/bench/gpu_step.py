@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from bench import gpu_declared as declared
-from bench.gpu_attention import mode_of
+from bench.gpu_attention import named_best
 from bench.gpu_measures import Found, Key, Value, Values, ratio, smallest
 from bench.gpu_timing import Bench, Cache, Work, attempt, failure_text, release_memory
 
@@ -97,7 +97,7 @@ def compare(values: Values, case: str, product: Key) -> dict[Key, Value]:
     return {
         key(declared.BEST, declared.MFU): values[key(best.subject, declared.MFU)],
         key(declared.BEST, declared.MFU_MEASURED): measured if isinstance(measured, str) else 100 * measured,
-        key(declared.BEST, declared.MODE): mode_of(values, best),
+        key(declared.BEST, declared.MODE): named_best(values, best),
         key(declared.over_ours(declared.REFERENCE), declared.STEP): ratio(
             values, key(declared.REFERENCE, declared.STEP), best
         ),

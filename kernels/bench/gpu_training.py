@@ -61,13 +61,14 @@ class Training:
         device = self.bench.device
         network = ScoreModel(self.model).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=self.bench.on_gpu)
-        runnable = self.bench.compiled(network) if self.compiled else network
+        if self.compiled:  # the geometry stays as it is: under a compiler it would fall back to the reference
+            network.trunk = self.bench.compiled(network.trunk)
         composition = composition_for(SystemKind.MOLECULE, Diffusion())
         parts = [part.to(device) for part in micro_batches(self, composition)]
 
         def vectors(state: State, context: Context, noise_std: Tensor) -> Score:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bench.on_gpu):
-                score: Score = runnable(state, context, noise_std)
+                score: Score = network(state, context, noise_std)
             return Score(positions=None if score.positions is None else score.positions.float())
 
         def step() -> None:
