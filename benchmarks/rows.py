@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "not measured"
+NOT_INSTALLED = "not installed"
 PACKAGES = ("torch", "deepspeed", "ray", "openmm", "numpy")
 
 
@@ -45,6 +46,14 @@ def note(measure: str, value: float | str, unit: str = "") -> Row:
     return Row(measure, value, unit, "", None)
 
 
+def version_of(package: str) -> str:
+    """The installed version of a package, or that it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a result was measured."""
     model = ""
@@ -60,7 +69,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 

@@ -1,7 +1,10 @@
 """State (what diffuses), Score (its tangent), Context (what conditions), Batch, and the type of a score function.
 
-Shapes: B samples, N sites. A Context has leading axis b: 1 where the whole batch is one system (its static features are
-then computed and read once), else B. Two masks only: `present` (not padding) and `mobile` (diffuses).
+Shapes: B samples, N sites. Positions of a State count from the anchors of its Context (the origin for free molecules) and
+its lattice is in the coordinates of a unit cell's logarithm, so that both are plain vectors; diffusion.composition turns
+arrays of Frames into a State and back, and shows the network absolute positions and cells. A Context has leading axis b:
+1 where the whole batch is one system (its static features are then computed and read once), else B. Two masks only:
+`present` (not padding) and `mobile` (diffuses).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dig_scale.tree import tree_to
 
 @dataclass(frozen=True)
 class State:
-    """Fields that diffuse, or None: positions [B,N,3] Å, rotations [B,N,3,3], fractional [B,N,3], lattice [B,3,3] Å."""
+    """Fields that diffuse, or None: positions [B,N,3] Å, rotations [B,N,3,3], fractional [B,N,3] in [0,1), lattice [B,6]."""
 
     positions: Tensor | None = None
     rotations: Tensor | None = None
@@ -28,7 +31,8 @@ class State:
 
 @dataclass(frozen=True)
 class Score:
-    """Tangent of a State: one vector field per diffusing field, in the inverse unit of the field."""
+    """Tangent of a State: one vector field per diffusing field, in the inverse unit of the field; rotations [B,N,3] in the
+    local frames, in 1/rad."""
 
     positions: Tensor | None = None
     rotations: Tensor | None = None
@@ -37,12 +41,25 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Geometry:
+    """Noised structures as the network sees them, in Å on the scale of the data: positions [B,N,3], rotations [B,N,3,3] of
+    residue frames, cell [B,3,3] (rows) that came with the state."""
+
+    positions: Tensor
+    rotations: Tensor | None = None
+    cell: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Context:
     """Static features of the system(s), the same at every noise level.
 
-    present, mobile [b,N]; element, degree, environment [b,N] integer codes; pair_segment, path_length, bond_order
-    [b,N,N] integer codes; pair_reference [b,N,N] reference distances in Å; extent [b] in Å, the root-mean-square
-    coordinate of the reference.
+    present, mobile [b,N]; element, degree, environment, role, place [b,N] integer codes (place: 1 + number along the
+    chain, 0 where there is none); pair_segment, path_length, bond_order [b,N,N] integer codes; pair_reference [b,N,N]
+    reference distances in Å; anchor [b,N,3] Å, where the noise of a site reverts to; extent [b,N] in Å, the
+    root-mean-square coordinate of a site about its anchor; free [b], whether translations are no degree of freedom;
+    cell [b,3,3] Å of a fixed cell and periodic [b,3] its periodic directions (zeros where there is none); condition
+    [b,C] wanted properties in units of their spread, and known [b,C], which of them are given.
     """
 
     present: Tensor
@@ -50,11 +67,19 @@ class Context:
     element: Tensor
     degree: Tensor
     environment: Tensor
+    role: Tensor
+    place: Tensor
     pair_segment: Tensor
     path_length: Tensor
     bond_order: Tensor
     pair_reference: Tensor
+    anchor: Tensor
     extent: Tensor
+    free: Tensor
+    cell: Tensor
+    periodic: Tensor
+    condition: Tensor
+    known: Tensor
 
     def to(self, device: torch.device | str) -> Context:
         """A copy on `device`."""
@@ -89,8 +114,20 @@ def collate(contexts: Sequence[Context]) -> Context:
     return Context(**{f.name: torch.cat([getattr(c, f.name) for c in padded]) for f in fields(Context)})
 
 
+def padded_to(contexts: Sequence[Context], n_sites: int) -> tuple[Context, ...]:
+    """The contexts, each padded to n_sites."""
+    return tuple(_pad_context(context, n_sites) for context in contexts)
+
+
+_SITE_AXES = {"pair_segment": 2, "path_length": 2, "bond_order": 2, "pair_reference": 2}
+_NO_SITE_AXIS = ("free", "cell", "periodic", "condition", "known")
+
+
 def _pad_context(context: Context, n_max: int) -> Context:
     missing = n_max - context.n_sites
-    width = {2: (0, missing), 3: (0, missing, 0, missing)}
-    values = {f.name: getattr(context, f.name) for f in fields(Context)}
-    return Context(**{k: v if v.dim() == 1 else pad(v, width[v.dim()]) for k, v in values.items()})
+    padded = {}
+    for f in fields(Context):
+        value, axes = getattr(context, f.name), 0 if f.name in _NO_SITE_AXIS else _SITE_AXES.get(f.name, 1)
+        after = [0, 0] * (value.dim() - 1 - axes)
+        padded[f.name] = pad(value, (*after, *[0, missing] * axes))
+    return Context(**padded)

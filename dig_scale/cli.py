@@ -179,18 +179,40 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps per sample.")] = None,
     batch: Annotated[int | None, typer.Option(min=1)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; cores or GPUs when absent.")] = None,
+    condition: Annotated[
+        list[str] | None, typer.Option("--condition", metavar="NAME=VALUE", help="A property that samples shall have.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="1 samples p(x | condition), more sharpens it, 0 ignores it.")
+    ] = None,
 ) -> None:
-    """Draw an equilibrium ensemble: topology.pdb, samples.xtc and ensemble.npz."""
+    """Draw an equilibrium ensemble: ensemble.npz, and files for other tools.
+
+    Without --system, samples of a model of several systems are shared among them as their training frames are, each into
+    a folder of its own.
+    """
     from dig_scale.model.checkpoint import load_checkpoint
-    from dig_scale.stages import sample_stage, trained_system
+    from dig_scale.stages import sample_stage, shared_out
 
     defaults = load_checkpoint(checkpoint).recipe.sample
-    given = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch, "workers": workers}
+    given: dict[str, object] = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch}
+    given |= {"workers": workers, "guidance": guidance}
+    if condition:
+        given["conditions"] = defaults.conditions | dict(_condition(text) for text in condition)
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = Sample.model_validate(defaults.model_dump() | chosen)
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent).parent / "ensemble"
-    ensemble = sample_stage(checkpoint, trained_system(checkpoint, system), settings, folder)
-    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {folder}")
+    wanted = shared_out(checkpoint, system, settings, folder)
+    for draws, ensemble in zip(wanted, sample_stage(wanted), strict=True):
+        typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {draws.out}")
+
+
+def _condition(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise UserError(f"--condition {text!r}: expected NAME=VALUE with a number, as in band_gap=1.5") from None
 
 
 @app.command()
@@ -230,8 +252,8 @@ def request(
     """Ask a server for samples and write them as `sample` does."""
     from pydantic import ValidationError
 
+    from dig_scale.outputs.ensembles import write_ensemble_folder
     from dig_scale.serving.client import request_ensemble
-    from dig_scale.serving.offline import write_ensemble_folder
     from dig_scale.serving.schema import SamplesRequest
 
     try:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
 from dig_scale.errors import RecipeError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -26,20 +27,36 @@ class Section(BaseModel):
 
 
 class SystemSpec(Section):
-    """One system of a run: exactly one of `sequence` (ACE-ALA-NME), `file` (PDB, mmCIF, SDF) or `smiles`."""
+    """One system of a run: exactly one of `sequence` (ACE-ALA-NME), `file` (PDB, mmCIF, SDF), `smiles`, `prepared` (files of
+    an AMBER, GROMACS or OpenMM system) or `surface` (a slab with an adsorbate)."""
 
     name: str
     sequence: str | None = None
     file: Path | None = None
     smiles: str | None = None
+    prepared: tuple[Path, ...] | None = None
+    surface: SurfaceSpec | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SystemSpec:
-        given = [key for key in ("sequence", "file", "smiles") if getattr(self, key) is not None]
+        sources = ("sequence", "file", "smiles", "prepared", "surface")
+        given = [key for key in sources if getattr(self, key) is not None]
         if len(given) != 1:
             found = ", ".join(given) if given else "none"
-            raise ValueError(f"system {self.name!r} needs exactly one of sequence, file, smiles; found {found}")
+            raise ValueError(f"system {self.name!r} needs exactly one of {', '.join(sources)}; found {found}")
         return self
+
+
+class Import(Section):
+    """Data that are there already, instead of or beside simulated ones: files of a public format, and its reader's options.
+
+    Files are relative to the recipe; ${NAME} stands for an environment variable.
+    """
+
+    reader: Literal["backbone", "backbone-trajectory", "pocket", "catalyst", "crystals", "trajectory"]
+    files: tuple[Path, ...] = Field(min_length=1)
+    name: str | None = None
+    options: dict[str, Any] = {}
 
 
 class ReplicaExchange(Section):
@@ -50,11 +67,27 @@ class ReplicaExchange(Section):
     exchange_interval_ps: PositiveFloat = 1.0
 
 
+class ExplicitSolvent(Section):
+    """Water and ions around a peptide or protein; takes the place of `implicit_solvent`."""
+
+    model: Literal["tip3p", "spce"] = "tip3p"
+    padding_nm: PositiveFloat = 1.0
+    """Water between the sphere around the solute and the box's side."""
+    ionic_strength: float = Field(default=0.15, ge=0)
+    """mol/L of NaCl beyond what neutralises the solute."""
+    box: Literal["cube", "dodecahedron", "octahedron"] = "dodecahedron"
+    cutoff_nm: PositiveFloat = 1.0
+    pressure_bar: PositiveFloat = 1.0
+    pressure_equilibration_ps: float = Field(default=100.0, ge=0)
+    """Run with a barostat that sets the box, once per system; production is at constant volume. 0: none."""
+
+
 class Simulate(Section):
     """How trajectories are generated (OpenMM)."""
 
     force_field: tuple[str, ...] = ("amber14/protein.ff14SB.xml",)
     implicit_solvent: Literal["obc2", "none"] = "obc2"
+    explicit_solvent: ExplicitSolvent | None = None
     temperature: PositiveFloat = 300.0
     """K."""
     friction_per_ps: PositiveFloat = 1.0
@@ -72,13 +105,16 @@ class Simulate(Section):
     actors: PositiveInt | None = None
     """Ray actors; one per core when absent."""
     replica_exchange: ReplicaExchange | None = None
+    calculator: CalculatorSpec | None = None
+    """What gives energies and forces of surfaces; effective medium theory when absent."""
     seed: int = 1
 
 
 class Pack(Section):
     """How trajectories become training shards."""
 
-    atoms: Literal["all", "heavy"] = "all"
+    atoms: Literal["all", "heavy", "residues"] = "all"
+    """Sites of the model: all atoms, atoms but hydrogen, or residues with the frames of their backbones."""
     temperature: PositiveFloat | None = None
     """K; keep only trajectories at this temperature (default: the target temperature of `simulate`)."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -87,6 +123,14 @@ class Pack(Section):
     members_per_shard: PositiveInt = 64
     stride: PositiveInt = 1
     seed: int = 1
+
+
+class Condition(Section):
+    """A property of a structure that conditions a model: a label of its frames, its typical value and its spread."""
+
+    name: str
+    centre: float
+    spread: PositiveFloat
 
 
 class Model(Section):
@@ -102,6 +146,13 @@ class Model(Section):
     max_path_length: PositiveInt = 8
     radial_knots: int = Field(default=1024, ge=0)
     """Knots of the radial bias table; 0 evaluates the direct form for every pair."""
+    sites: Literal["atoms", "anchored", "residues", "crystal"] = "atoms"
+    """What the network reads and answers: free atoms; sites about anchors (pockets, slabs with their images), with their
+    displacements; residues, with their frames; or a crystal's atoms and cell."""
+    cutoff: PositiveFloat = 5.0
+    """Å; periodic images of sites beyond it are not seen."""
+    conditions: tuple[Condition, ...] = ()
+    """Properties that the model can be asked for."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """`auto`: fused kernels on a GPU, their fast form on a CPU; `reference`: plain PyTorch from the formulas."""
 
@@ -126,6 +177,19 @@ class Diffusion(Section):
     """Å; sigma/alpha at t = 1 of a continuous-time schedule."""
     power: PositiveFloat = 7.0
     """rho of the `power` schedule (Karras et al. 2022, eq. 5)."""
+    rotation_noise_min: PositiveFloat = 0.02
+    rotation_noise_max: PositiveFloat = 1.65
+    """rad; IGSO(3) width of residue frames at t = 0 and 1, geometric in t (DiG)."""
+    fractional_noise_min: PositiveFloat = 0.005
+    fractional_noise_max: PositiveFloat = 0.5
+    """Width of the wrapped normal on a crystal's fractional coordinates at t = 0 and 1, geometric in t."""
+    lattice_noise_min: PositiveFloat = 0.01
+    lattice_noise_max: PositiveFloat = 20.0
+    """Noise on a cell's coordinates, which are of order 1, at t = 0 and 1."""
+    volume_per_site: PositiveFloat = 10.0
+    """Å³; typical volume per atom of the crystals."""
+    lattice_spread: PositiveFloat = 0.2
+    """Standard deviation over the crystals of the logarithm of their cells' edges."""
 
 
 class Train(Section):
@@ -147,6 +211,10 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Literal["none", "blocks"] = "none"
     time_sampling: Literal["antithetic", "uniform"] = "antithetic"
+    batches: Literal["one-system", "mixed"] = "one-system"
+    """Whether the frames of a batch are all of one system, or of any; many systems of few frames want `mixed`."""
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of the frames whose properties are hidden from a conditioned model, so that it also learns to do without."""
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -164,6 +232,10 @@ class Sample(Section):
     steps: PositiveInt = 40
     num: PositiveInt = 10_000
     batch: PositiveInt = 512
+    conditions: dict[str, float] = {}
+    """Wanted values of the properties that the model is conditioned on, by name; the others are left open."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance: 1 samples p(x | c), more sharpens c, 0 ignores it."""
     seed: int = 1
     workers: PositiveInt | None = None
     """Sampling processes on one machine; one per core (CPU) or GPU when absent."""
@@ -195,6 +267,7 @@ class Recipe(Section):
     name: str
     seed: int = 1
     systems: tuple[SystemSpec, ...] = ()
+    imports: tuple[Import, ...] = ()
     simulate: Simulate | None = None
     pack: Pack | None = None
     model: Model = Model()
@@ -280,12 +353,23 @@ def _toml_value(text: str) -> Any:
 
 
 def _anchor_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """System files in a recipe are relative to the recipe."""
-    systems = content.get("systems")
-    if not isinstance(systems, list):
-        return content
-    anchored = [
-        spec | {"file": str(folder / spec["file"])} if isinstance(spec, dict) and "file" in spec else spec
-        for spec in systems
-    ]
-    return content | {"systems": anchored}
+    """Files in a recipe are relative to the recipe, unless they begin with an environment variable."""
+    anchored = dict(content)
+    for key, named in (("systems", "file"), ("systems", "prepared"), ("imports", "files")):
+        entries = anchored.get(key)
+        if isinstance(entries, list):
+            anchored[key] = [_anchored_entry(entry, named, folder) for entry in entries]
+    return anchored
+
+
+def _anchored_entry(entry: Any, key: str, folder: Path) -> Any:
+    if not isinstance(entry, dict) or key not in entry:
+        return entry
+    value = entry[key]
+    return entry | {
+        key: [_anchored(one, folder) for one in value] if isinstance(value, list) else _anchored(value, folder)
+    }
+
+
+def _anchored(path: Any, folder: Path) -> str:
+    return str(path) if "$" in str(path) else str(folder / str(path))

@@ -20,7 +20,7 @@ from dig_scale.system import System
 
 FORMAT_VERSION = 1
 FILE_NAME = "ensemble.npz"
-_OPTIONAL = ("log_density", "energy", "log_weights")
+_OPTIONAL = ("log_density", "energy", "log_weights", "rotations", "cell")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Ensemble:
     """Samples [S] of `system`.
 
     positions [S, N, 3] Å float32, index [S] sample number (with `seed` it identifies a sample for ever), log_density [S] nat,
-    energy [S] eV, log_weights [S] nat; provenance: solver, steps, seed, recipe, checkpoint hash, cost in CPU seconds.
+    energy [S] eV, log_weights [S] nat, rotations [S, N, 3, 3] of residue frames, cell [S, 3, 3] Å; provenance: solver, steps,
+    seed, recipe, checkpoint hash, cost in CPU seconds.
     """
 
     system: System
@@ -38,6 +39,8 @@ class Ensemble:
     log_density: np.ndarray | None = None
     energy: np.ndarray | None = None
     log_weights: np.ndarray | None = None
+    rotations: np.ndarray | None = None
+    cell: np.ndarray | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

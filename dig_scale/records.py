@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 POSITIONS = "positions"
 ENERGY = "energy"
 FORCES = "forces"
+ROTATIONS = "rotations"
+CELL = "cell"
+PER_SITE = (POSITIONS, FORCES, ROTATIONS)
+LABEL = "label_"
+"""A property of a frame is stored as LABEL + its name."""
 
 POSITION_GRID = 1e-4
 """Å; fine enough that stored energies and forces still belong to the stored positions."""
@@ -50,7 +55,10 @@ def field_specs(n_sites: int, names: Sequence[str]) -> tuple[FieldSpec, ...]:
         POSITIONS: FieldSpec(POSITIONS, (n_sites, 3), "int32", POSITION_GRID, "angstrom"),
         ENERGY: FieldSpec(ENERGY, (), "float64", None, "eV"),
         FORCES: FieldSpec(FORCES, (n_sites, 3), "float32", None, "eV/angstrom"),
+        ROTATIONS: FieldSpec(ROTATIONS, (n_sites, 3, 3), "float32", None, "1"),
+        CELL: FieldSpec(CELL, (3, 3), "float64", None, "angstrom"),
     }
+    known |= {name: FieldSpec(name, (), "float64", None, "of the label") for name in names if name.startswith(LABEL)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"no field {unknown[0]!r}: known fields are {', '.join(known)}")
@@ -59,13 +67,15 @@ def field_specs(n_sites: int, names: Sequence[str]) -> tuple[FieldSpec, ...]:
 
 def field_names(frames: Frames) -> tuple[str, ...]:
     """The stored fields that these frames can fill."""
-    optional = ((ENERGY, frames.energy), (FORCES, frames.forces))
-    return (POSITIONS, *(name for name, values in optional if values is not None))
+    optional = ((ENERGY, frames.energy), (FORCES, frames.forces), (ROTATIONS, frames.rotations), (CELL, frames.cell))
+    labels = (LABEL + name for name in sorted(frames.labels))
+    return (POSITIONS, *(name for name, values in optional if values is not None), *labels)
 
 
 def frame_arrays(frames: Frames) -> dict[str, np.ndarray]:
     """Arrays to store, by field name: positions [F, N, 3] Å and, where known, energy [F] eV and forces [F, N, 3] eV/Å."""
-    return {name: getattr(frames, name) for name in field_names(frames)}
+    labels = {LABEL + name: values for name, values in frames.labels.items()}
+    return {name: labels[name] if name in labels else getattr(frames, name) for name in field_names(frames)}
 
 
 def trajectory_attributes(system: System, origin: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +108,9 @@ def read_trajectory_frames(path: Path) -> tuple[System, Frames]:
     count, origin = reader.n_frames, reader.attributes["origin"]
     values = {spec.name: _read(reader, spec.name) for spec in reader.fields}
     time_ps = origin["first_frame_ps"] + origin["frame_spacing_ps"] * np.arange(count)
-    return system, Frames(values[POSITIONS], time_ps, values.get(ENERGY), values.get(FORCES))
+    labels = {name.removeprefix(LABEL): value for name, value in values.items() if name.startswith(LABEL)}
+    optional = {name: values.get(name) for name in (ENERGY, FORCES, ROTATIONS, CELL)}
+    return system, Frames(values[POSITIONS], time_ps, **optional, labels=labels)
 
 
 def trajectory_origin(path: Path) -> dict[str, Any]:
@@ -212,7 +224,7 @@ def _label(path: Path, folder: Path, number: int, folders: int) -> str:
 
 
 def _pack_plan(recipe_name: str, plan: Pack, chosen: Sequence[_Chosen]) -> PackPlan:
-    common = [name for name in (POSITIONS, ENERGY, FORCES) if all(name in one.fields for one in chosen)]
+    common = [name for name in chosen[0].fields if all(name in one.fields for one in chosen)]
     total = sum(one.n_frames for one in chosen)
     # Short sets get shorter blocks, so that validation still holds several stretches of time.
     block = int(np.clip(total * plan.validation_fraction / _BLOCKS_PER_SPLIT, 1, _BLOCK_FRAMES))

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dig_scale.config import Evaluate, Recipe, Sample
 from dig_scale.ensemble import Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import duration, stage
 from dig_scale.system import Frames, System
+
+if TYPE_CHECKING:
+    from dig_scale.serving.offline import Draws
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,45 @@ def simulate_stage(recipe: Recipe, out: Path) -> None:
         simulate(recipe, out, show)
 
 
+def import_stage(recipe: Recipe, out: Path) -> None:
+    """Read the data that a recipe imports."""
+    from dig_scale.importers.readers import run_import
+
+    with stage("import") as report:
+        count = 0
+        for number, entry in enumerate(recipe.imports):
+            count += len(run_import(entry, out))
+            report(number + 1, len(recipe.imports), f"{count} trajectories")
+
+
 def pack_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> None:
-    """Pack trajectories into shards."""
+    """Pack trajectories into shards; all-atom ones become residue frames first where the recipe says so."""
     from dig_scale.records import pack_dataset
 
+    if recipe.pack is not None and recipe.pack.atoms == "residues":
+        folders = [_residue_frames(folders, out.parent / "residues")]
     with stage("pack") as report:
         manifest = pack_dataset(
             recipe, folders, out, lambda done, total: report(done, total, f"{done} of {total} frames")
         )
         report(1, 1, ", ".join(f"{split} {manifest.frames(split)} frames" for split in manifest.shards))
+
+
+def _residue_frames(folders: Sequence[Path], out: Path) -> Path:
+    """The folder `out` with the trajectories below `folders` as residue frames."""
+    from dig_scale.importers.backbone import backbone_of
+    from dig_scale.importers.stores import write_store
+    from dig_scale.records import ROTATIONS, find_trajectories, read_trajectory_frames, trajectory_origin
+
+    with stage("residues") as report:
+        paths = [path for folder in folders for path in find_trajectories(folder)]
+        for number, path in enumerate(paths):
+            system, frames = read_trajectory_frames(path)
+            if getattr(frames, ROTATIONS) is None:
+                system, frames = backbone_of(system, frames)
+            write_store(out / path.parent.name / path.name, system, frames, trajectory_origin(path))
+            report(number + 1, len(paths), f"{number + 1} of {len(paths)} trajectories")
+    return out
 
 
 def train_stage(recipe: Recipe, dataset: Path, out: Path, ranks: int | None = None) -> None:
@@ -92,15 +126,38 @@ def train_stage(recipe: Recipe, dataset: Path, out: Path, ranks: int | None = No
         launch_ranks(recipe, dataset, out, ranks, show)
 
 
-def sample_stage(checkpoint: Path, system: System, settings: Sample, out: Path) -> Ensemble:
-    """Draw samples offline."""
-    from dig_scale.serving.offline import Draws, sample_ensemble
+def sample_stage(wanted: Sequence[Draws]) -> list[Ensemble]:
+    """Draw samples offline, of every system that is asked for."""
+    from dig_scale.serving.offline import sample_ensembles
 
     with stage("sample") as report:
-        return sample_ensemble(
-            Draws(checkpoint, system, settings, out),
-            lambda done, total: report(done, total, f"{done} of {total} samples"),
+        return sample_ensembles(wanted, lambda done, total: report(done, total, f"{done} of {total} samples"))
+
+
+def shared_out(checkpoint: Path, wanted: str | None, settings: Sample, out: Path) -> list[Draws]:
+    """What to sample: the system that is named, or the only one, into `out`; else settings.num samples shared among the
+    training systems as their training frames are, each into a folder OUT/<system>; those that get none are left out.
+    """
+    import torch
+
+    from dig_scale.serving.offline import Draws
+    from dig_scale.serving.served import load_served_model
+    from dig_scale.serving.shares import folder_names, shares
+
+    model = load_served_model(checkpoint, torch.device("cpu"))
+    if wanted is not None or len(model.systems) == 1:
+        return [Draws(checkpoint, trained_system(checkpoint, wanted), settings, out)]
+    if set(model.frames) != set(model.systems):
+        raise UserError(
+            f"{checkpoint} was trained on {len(model.systems)} systems ({', '.join(list(model.systems)[:4])}, ...) and does "
+            "not say on how many frames of each: name one with --system"
         )
+    counts = {name: count for name, count in shares(settings.num, model.frames).items() if count}
+    folders = folder_names(counts)
+    return [
+        Draws(checkpoint, model.systems[name], settings.model_copy(update={"num": count}), out / folders[name])
+        for name, count in counts.items()
+    ]
 
 
 def trained_system(checkpoint: Path, wanted: str | None) -> System:
@@ -241,10 +298,15 @@ def _reference_from_file(source: Path, file: ReferenceFile | None, temperature: 
 
 def run_all(recipe: Recipe, folders: RunFolders) -> Path:
     """Every stage of a recipe in a row; the path of report.html."""
-    for section in ("simulate", "pack", "train"):
+    for section in ("pack", "train"):
         if getattr(recipe, section) is None:
             raise UserError(f"recipe {recipe.name!r} has no [{section}] section; `dig-scale run` needs it")
-    simulate_stage(recipe, folders.trajectories)
+    if recipe.simulate is None and not recipe.imports:
+        raise UserError(f"recipe {recipe.name!r} has neither [simulate] nor [[imports]]; `dig-scale run` needs one")
+    if recipe.simulate is not None:
+        simulate_stage(recipe, folders.trajectories)
+    if recipe.imports:
+        import_stage(recipe, folders.trajectories)
     pack_stage(recipe, [folders.trajectories], folders.dataset)
     train_stage(recipe, folders.dataset, folders.model)
     system = trained_system(folders.model, recipe.systems[0].name)

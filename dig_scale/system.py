@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,30 +19,51 @@ from dig_scale.errors import InvalidSystemError
 
 COARSE_GRAINED_BEAD = 0
 """Atomic number of a site that is not an atom."""
+FORMAT_VERSION = 2
+SMALLEST_CELL = 0.1
+"""Å³; a cell below it is taken for a mistake."""
 
 
 class SystemKind(enum.StrEnum):
-    """The four kinds of system that DiG was shown on."""
+    """The four kinds of system that DiG was shown on; another is a name with features and a diffusion process."""
 
     PROTEIN = "protein"
+    """Sites are residues: a C-alpha and the frame of the backbone."""
     MOLECULE = "molecule"
+    """Sites are atoms or beads: small molecules and peptides in atomic detail, ligands in pockets."""
     CATALYST = "catalyst"
+    """Sites are atoms of a slab, periodic in two directions, and of adsorbates on it."""
     CRYSTAL = "crystal"
+    """Sites are the atoms of a unit cell whose shape diffuses with them."""
+
+
+class SiteRole(enum.IntEnum):
+    """What a site is to the system."""
+
+    PLAIN = 0
+    SUBSURFACE = 1
+    SURFACE = 2
+    ADSORBATE = 3
+    POCKET = 4
+    LIGAND = 5
 
 
 @dataclass(frozen=True)
 class System:
     """A molecular system without its conformation.
 
+    kind names what reads and diffuses it (a SystemKind, or a name that an extension has registered for both),
     elements [N] atomic numbers (0 = coarse-grained bead), residue_index and chain_index [N] 0-based, bonds [E, 2] with i < j,
     bond_orders [E] (1, 2, 3, 4 = aromatic, 0 = unknown), formal_charges [N] in e, stereocentres [C, 4] as (centre, a, b, c)
     whose signed volume (a-centre)·((b-centre)×(c-centre)) is positive in every valid conformation, mobile [N] sites that
-    diffuse, reference_positions [N, 3] Å (one plausible geometry: bond lengths and angles are meaningful, torsions are not).
+    diffuse, reference_positions [N, 3] Å (one plausible geometry: bond lengths and angles are meaningful, torsions are not;
+    of anchored sites - slabs, adsorbates, pocket atoms - the place that their noise reverts to). roles [N] of SiteRole.
+    cell [3, 3] Å (rows are the vectors) where the system has a fixed one, and its `periodic` directions.
     Raises InvalidSystemError naming system, field and atom.
     """
 
     name: str
-    kind: SystemKind
+    kind: str
     elements: np.ndarray
     atom_names: tuple[str, ...]
     residue_names: tuple[str, ...]
@@ -54,12 +75,23 @@ class System:
     stereocentres: np.ndarray
     mobile: np.ndarray
     reference_positions: np.ndarray
+    roles: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Empty at construction: all PLAIN."""
+    cell: np.ndarray | None = None
+    periodic: tuple[bool, bool, bool] = (False, False, False)
     origin: dict[str, Any] = field(default_factory=dict)
     """Where it came from: {"source": "sequence" | file name, ...}; never part of the identity."""
 
     def __post_init__(self) -> None:
+        if not len(self.roles):
+            object.__setattr__(self, "roles", np.zeros(len(self.elements), np.int64))
         for name, dtype in _ARRAY_FIELDS.items():
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
+        if self.cell is not None:
+            object.__setattr__(self, "cell", np.ascontiguousarray(self.cell, dtype=np.float64))
+        if self.kind in list(SystemKind):
+            object.__setattr__(self, "kind", SystemKind(self.kind))
+        object.__setattr__(self, "periodic", tuple(bool(value) for value in self.periodic))
         _validate(self)
 
     @property
@@ -73,24 +105,28 @@ class System:
         content = self.to_dict()
         content.pop("origin")
         content["reference_positions"] = np.round(self.reference_positions, 3).tolist()
+        if self.cell is not None:
+            content["cell"] = np.round(self.cell, 3).tolist()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready content."""
         content: dict[str, Any] = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "name": self.name,
             "kind": str(self.kind),
             "origin": self.origin,
         }
         content |= {"atom_names": list(self.atom_names), "residue_names": list(self.residue_names)}
+        content |= {"cell": None if self.cell is None else self.cell.tolist(), "periodic": list(self.periodic)}
         return content | {name: getattr(self, name).tolist() for name in _ARRAY_FIELDS}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> System:
         """Inverse of to_dict; raises InvalidSystemError on missing fields or an unknown format version."""
-        if content.get("format_version") != 1:
-            raise InvalidSystemError(f"system format version {content.get('format_version')!r}, expected 1")
+        if content.get("format_version") != FORMAT_VERSION:
+            found = content.get("format_version")
+            raise InvalidSystemError(f"system format version {found!r}, expected {FORMAT_VERSION}; make it again")
         missing = sorted(({"name", "kind", "atom_names", "residue_names"} | set(_ARRAY_FIELDS)) - set(content))
         if missing:
             raise InvalidSystemError(f"system {content.get('name')!r}: fields missing: {', '.join(missing)}")
@@ -99,18 +135,13 @@ class System:
         }
         arrays["bonds"] = arrays["bonds"].reshape(-1, 2)
         arrays["stereocentres"] = arrays["stereocentres"].reshape(-1, 4)
-        try:
-            kind = SystemKind(content["kind"])
-        except ValueError:
-            kinds = ", ".join(SystemKind)
-            raise InvalidSystemError(
-                f"system {content['name']!r}: kind {content['kind']!r}, expected one of {kinds}"
-            ) from None
         return cls(
             name=content["name"],
-            kind=kind,
+            kind=content["kind"],
             atom_names=tuple(content["atom_names"]),
             residue_names=tuple(content["residue_names"]),
+            cell=None if content.get("cell") is None else np.asarray(content["cell"]),
+            periodic=tuple(content.get("periodic", (False, False, False))),
             origin=content.get("origin", {}),
             **arrays,
         )
@@ -152,6 +183,7 @@ class System:
             formal_charges=self.formal_charges[chosen],
             stereocentres=new_index[self.stereocentres[kept_centres]],
             mobile=self.mobile[chosen],
+            roles=self.roles[chosen],
             reference_positions=self.reference_positions[chosen],
         )
 
@@ -162,18 +194,24 @@ class System:
 
 @dataclass(frozen=True)
 class Frames:
-    """Conformations over physical time: positions [F, N, 3] Å, time_ps [F], energy [F] eV, forces [F, N, 3] eV/Å."""
+    """Conformations over physical time, or independent structures: positions [F, N, 3] Å, time_ps [F], energy [F] eV,
+    forces [F, N, 3] eV/Å; rotations [F, N, 3, 3] of residue frames (columns are their axes); cell [F, 3, 3] Å where it
+    varies; labels: name -> property [F] (in the unit that the name of the property implies to its user).
+    """
 
     positions: np.ndarray
     time_ps: np.ndarray
     energy: np.ndarray | None = None
     forces: np.ndarray | None = None
+    rotations: np.ndarray | None = None
+    cell: np.ndarray | None = None
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.positions.ndim != 3 or self.positions.shape[-1] != 3:
             raise InvalidSystemError(f"frames: positions have shape {self.positions.shape}, expected (F, N, 3) in Å")
-        for name in ("time_ps", "energy", "forces"):
-            values = getattr(self, name)
+        given = {name: getattr(self, name) for name in ("time_ps", "energy", "forces", "rotations", "cell")}
+        for name, values in (given | {f"label {key!r}": value for key, value in self.labels.items()}).items():
             if values is not None and len(values) != len(self.positions):
                 raise InvalidSystemError(
                     f"frames: {name} has {len(values)} entries for {len(self.positions)} frames of positions"
@@ -194,6 +232,7 @@ _ARRAY_FIELDS: dict[str, type] = {
     "formal_charges": np.int64,
     "stereocentres": np.int64,
     "mobile": np.bool_,
+    "roles": np.int64,
     "reference_positions": np.float64,
 }
 
@@ -201,9 +240,11 @@ _ARRAY_FIELDS: dict[str, type] = {
 def _validate(system: System) -> None:
     n = system.n_sites
     fail = _Failure(system.name)
+    if not isinstance(system.kind, str) or not system.kind:
+        fail("kind", f"{system.kind!r}, expected a name such as {SystemKind.MOLECULE}")
     if n == 0:
         fail("elements", "the system has no sites")
-    for name in ("atom_names", "residue_names", "residue_index", "chain_index", "formal_charges", "mobile"):
+    for name in ("atom_names", "residue_names", "residue_index", "chain_index", "formal_charges", "mobile", "roles"):
         if len(getattr(system, name)) != n:
             fail(name, f"{len(getattr(system, name))} entries for {n} sites")
     if system.reference_positions.shape != (n, 3):
@@ -215,8 +256,23 @@ def _validate(system: System) -> None:
     if len(bad):
         fail("elements", f"atomic number {system.elements[bad[0]]} at {system.site_label(int(bad[0]))}")
     _validate_bonds(system, fail)
+    _validate_cell(system, fail)
     if system.stereocentres.shape[1:] != (4,) or (len(system.stereocentres) and not _in_range(system.stereocentres, n)):
         fail("stereocentres", f"expected rows (centre, a, b, c) of indices below {n}")
+
+
+def _validate_cell(system: System, fail: _Failure) -> None:
+    bad = np.flatnonzero(~np.isin(system.roles, [int(role) for role in SiteRole]))
+    if len(bad):
+        fail("roles", f"no role {system.roles[bad[0]]} (at {system.site_label(int(bad[0]))})")
+    if len(system.periodic) != 3:
+        fail("periodic", f"{len(system.periodic)} directions, expected 3")
+    if system.cell is None:
+        return
+    if system.cell.shape != (3, 3) or not np.isfinite(system.cell).all():
+        fail("cell", f"expected 3 finite vectors in Å, found {system.cell.tolist()}")
+    if abs(np.linalg.det(system.cell)) < SMALLEST_CELL:
+        fail("cell", f"its volume is {abs(np.linalg.det(system.cell)):.3g} Å³, expected at least {SMALLEST_CELL:g}")
 
 
 def _validate_bonds(system: System, fail: _Failure) -> None:

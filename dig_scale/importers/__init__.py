@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dig_scale.system import System
 
 _STRUCTURES = (".pdb", ".ent", ".cif", ".mmcif", ".pdbx")
-_MOLECULES = (".sdf", ".mol")
+_MOLECULES = (".sdf", ".mol", ".mol2")
 
 
 def system_from_spec(spec: SystemSpec, simulate: Simulate | None = None) -> System:

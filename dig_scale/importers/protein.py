@@ -94,7 +94,7 @@ def _to_system(name: str, topology: Topology, positions: np.ndarray, origin: dic
     orders = residues.bond_orders(atoms)
     return System(
         name=name,
-        kind=SystemKind.PROTEIN,
+        kind=SystemKind.MOLECULE,
         elements=atoms.elements,
         atom_names=atoms.atom_names,
         residue_names=atoms.residue_names,

@@ -251,7 +251,7 @@ def _system(name: str, topology: mdtraj.Topology, positions: np.ndarray, options
     orders = np.zeros(len(named.bonds), int) if beads else residues.bond_orders(named)
     return System(
         name=name,
-        kind=SystemKind.PROTEIN if residues.is_peptide(named.residue_names) else SystemKind.MOLECULE,
+        kind=SystemKind.MOLECULE,
         elements=elements,
         atom_names=named.atom_names,
         residue_names=named.residue_names,

@@ -1,8 +1,8 @@
 """One consolidated file per trained model: `model.safetensors`, with all that sampling needs and nothing that can execute.
 
 Tensors are named `weights/<parameter>` and `ema/<parameter>`; the header holds one JSON text under `dig_scale`: format
-version, step, recipe, systems and training cost. Written atomically. Knows neither DeepSpeed nor how training goes on
-after an interruption (see training.run_folder).
+version, step, recipe, systems with their numbers of training frames, and training cost. Written atomically. Knows neither
+DeepSpeed nor how training goes on after an interruption (see training.run_folder).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Checkpoint:
     step: int
     training_cost: dict[str, Any] = field(default_factory=dict)
     """CPU seconds, wall seconds, ranks, device and steps so far."""
+    frames: tuple[int, ...] = ()
+    """Training frames of every system; empty where that was not recorded."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
@@ -50,6 +52,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
         "recipe": checkpoint.recipe.model_dump(mode="json"),
         "systems": [system.to_dict() for system in checkpoint.systems],
         "training_cost": checkpoint.training_cost,
+        "frames": list(checkpoint.frames),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -76,6 +79,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         systems=tuple(System.from_dict(content) for content in header["systems"]),
         step=header["step"],
         training_cost=header["training_cost"],
+        frames=tuple(header.get("frames", ())),
     )
 
 

@@ -1,13 +1,18 @@
-"""System -> Context: the static features of each kind of system. One function per SystemKind, one output type.
+"""System -> Context: the static features of each kind of system. One function per kind, one output type.
 
 Graphormer's encodings (Ying et al. 2021): element and degree (centrality), shortest-path length and bond order per pair;
 a hashed environment code that tells atoms of different surroundings apart; and for pairs one or two bonds apart the
 distance in the reference geometry, since bond lengths and angles hardly vary. Nothing here depends on a conformation.
+
+Anchors, where the noise of a site reverts to, and extents, how far the site strays from there: a free molecule has one
+extent about its centre of mass; fixed atoms, pockets and slabs are anchored at their reference positions, and a ligand
+at the centroid of its pocket, so that nothing of its pose is told.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,7 +21,7 @@ from scipy.sparse.csgraph import shortest_path
 
 from dig_scale.batch import Context
 from dig_scale.errors import UserError
-from dig_scale.system import System, SystemKind
+from dig_scale.system import SiteRole, System, SystemKind
 
 ENVIRONMENT_CODES = 1024
 """Buckets of the environment hash."""
@@ -24,36 +29,152 @@ ENVIRONMENT_RADIUS = 4
 """Bonds that an environment code looks out."""
 UNREACHABLE = 510
 """Path length of pairs in different molecules, as in DiG."""
+ACROSS = 6
+"""Bond-order code of pairs of a ligand's and a pocket's site."""
+CHAIN_STEP, CHAIN_TWO_STEPS = 3.8, 6.0
+"""Å; distance of C-alpha atoms of neighbouring residues, and typical distance of next neighbours."""
+EXTENTS: Mapping[int, float] = {
+    SiteRole.SUBSURFACE: 0.2,
+    SiteRole.SURFACE: 0.2,
+    SiteRole.ADSORBATE: 2.0,
+    SiteRole.POCKET: 0.5,
+}
+"""Å; how far anchored sites stray, per coordinate."""
+LIGAND_OFFSET = 2.5
+"""Å; distance of a ligand's centre from its pocket's, per coordinate."""
+_RESIDUES = (
+    *("ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE"),
+    *("LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL"),
+)
 
 
 def featurise(system: System) -> Context:
     """Context of one system (b = 1). Raises UserError for a kind without features."""
-    if system.kind not in (SystemKind.MOLECULE, SystemKind.PROTEIN):
-        raise UserError(f"system {system.name!r}: no features for kind {system.kind} yet; expected molecule or protein")
-    return _atomistic(system)
+    if system.kind not in FEATURES:
+        known = ", ".join(FEATURES)
+        raise UserError(
+            f"system {system.name!r}: no features for systems of kind {system.kind!r}; known kinds: {known}"
+        )
+    return FEATURES[system.kind](system)
 
 
-def _atomistic(system: System) -> Context:
+def molecule(system: System) -> Context:
+    """Atoms or beads: a free molecule, one with fixed atoms, or a ligand in a pocket."""
+    anchor, extent, free = _anchors(system)
+    return atomistic(system, anchor, extent, free)
+
+
+def catalyst(system: System) -> Context:
+    """Slab and adsorbate about their initial structure, with the cell."""
+    extent = np.array([EXTENTS.get(int(role), 0.2) for role in system.roles])
+    return atomistic(system, system.reference_positions, extent, np.zeros(1, bool))
+
+
+def crystal(system: System) -> Context:
+    """The atoms of a composition; their cell is part of the state."""
+    _require_mobile(system)
+    none = np.zeros((system.n_sites, 3))
+    return atomistic(system, none, np.ones(system.n_sites), np.zeros(1, bool))
+
+
+def protein(system: System) -> Context:
+    """Residues: type and place along the chain, neighbours at the distance of linked C-alpha atoms."""
+    _require_mobile(system)
+    n = system.n_sites
+    apart = np.abs(system.residue_index[:, None] - system.residue_index[None])
+    lengths = np.where(system.chain_index[:, None] == system.chain_index[None], apart, UNREACHABLE)
+    linked = path_lengths(n, system.bonds)
+    segment = np.clip(np.where((linked <= 2) & (linked == lengths), lengths, np.maximum(lengths, 3)), 0, 4)
+    segment[np.diag_indices(n)] = 0
+    reference = np.select([segment == 1, segment == 2], [CHAIN_STEP, CHAIN_TWO_STEPS], 0.0)
+    radius = 2.2 * n**0.38  # radius of gyration of folded chains, Å (Flory exponent of compact proteins)
+    context = atomistic(system, np.zeros((n, 3)), np.full(n, radius / 3**0.5), np.ones(1, bool))
+    types = np.array([_RESIDUES.index(name) + 1 if name in _RESIDUES else 21 for name in system.residue_names])
+    changed = {"element": types, "environment": _sequence_codes(system), "place": system.residue_index + 1}
+    pairs = {"pair_segment": segment, "path_length": lengths}
+    long = {key: torch.as_tensor(value, dtype=torch.long)[None] for key, value in (changed | pairs).items()}
+    distances = torch.as_tensor(reference, dtype=torch.float32)[None]
+    return Context(**(vars(context) | long | {"pair_reference": distances}))
+
+
+FEATURES: dict[str, Callable[[System], Context]] = {
+    SystemKind.PROTEIN: protein,
+    SystemKind.MOLECULE: molecule,
+    SystemKind.CATALYST: catalyst,
+    SystemKind.CRYSTAL: crystal,
+}
+"""One entry per kind of system."""
+
+
+def atomistic(system: System, anchor: np.ndarray, extent: np.ndarray, free: np.ndarray) -> Context:
+    """Context of atoms with anchors [N, 3] Å, extents [N] Å and whether translations are no degree of freedom [1]."""
     n = system.n_sites
     lengths = path_lengths(n, system.bonds)
     orders = np.zeros((n, n), np.int64)
     orders[system.bonds[:, 0], system.bonds[:, 1]] = system.bond_orders + 1
-    reference = system.reference_positions - system.reference_positions.mean(axis=0)
+    orders = orders + orders.T
+    orders[np.ix_(system.roles == SiteRole.LIGAND, system.roles == SiteRole.POCKET)] = ACROSS
+    orders[np.ix_(system.roles == SiteRole.POCKET, system.roles == SiteRole.LIGAND)] = ACROSS
+    reference = system.reference_positions
     distances = np.linalg.norm(reference[:, None] - reference[None], axis=-1)
-    degree = (lengths == 1).sum(axis=1)
     as_long = lambda values: torch.as_tensor(np.asarray(values), dtype=torch.long)[None]  # noqa: E731
+    as_float = lambda values: torch.as_tensor(np.asarray(values), dtype=torch.float32)[None]  # noqa: E731
     return Context(
         present=torch.ones(1, n, dtype=torch.bool),
         mobile=torch.as_tensor(system.mobile)[None],
         element=as_long(system.elements),
-        degree=as_long(degree),
+        degree=as_long((lengths == 1).sum(axis=1)),
         environment=as_long(environment_codes(system)),
+        role=as_long(system.roles),
+        place=as_long(np.zeros(n)),
         pair_segment=as_long(np.clip(lengths, 0, 4)),
         path_length=as_long(lengths),
-        bond_order=as_long(orders + orders.T),
-        pair_reference=torch.as_tensor(distances, dtype=torch.float32)[None],
-        extent=torch.tensor([np.sqrt((reference**2).mean())], dtype=torch.float32).clamp(min=0.5),
+        bond_order=as_long(orders),
+        pair_reference=as_float(distances),
+        anchor=as_float(anchor),
+        extent=as_float(extent),
+        free=torch.as_tensor(free),
+        cell=as_float(np.zeros((3, 3)) if system.cell is None else system.cell),
+        periodic=torch.as_tensor(system.periodic)[None],
+        condition=torch.zeros(1, 0),
+        known=torch.zeros(1, 0, dtype=torch.bool),
     )
+
+
+def _require_mobile(system: System) -> None:
+    # a fixed site needs a place, and these systems hold neither frames of residues nor places in a cell
+    if not system.mobile.all():
+        label = system.site_label(int(np.flatnonzero(~system.mobile)[0]))
+        raise UserError(
+            f"system {system.name!r}: {label} is fixed, but all sites of a {system.kind} move; make all mobile"
+        )
+
+
+def _anchors(system: System) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Anchors [N, 3], extents [N] and whether the system is free [1]."""
+    reference, n = system.reference_positions, system.n_sites
+    pocket, ligand = system.roles == SiteRole.POCKET, system.roles == SiteRole.LIGAND
+    held = pocket if pocket.any() else ~system.mobile
+    if not held.any():
+        extent = max(0.5, float(np.sqrt(((reference - reference.mean(axis=0)) ** 2).mean())))
+        return np.zeros((n, 3)), np.full(n, extent), np.ones(1, bool)
+    centre = reference[held].mean(axis=0)
+    loose = reference[~held] - (reference[ligand].mean(axis=0) if ligand.any() else centre)
+    extent = np.sqrt((loose**2).mean() + (LIGAND_OFFSET**2 if ligand.any() else 0.0)) if len(loose) else 0.5
+    anchor = np.where(held[:, None], reference, centre)
+    return anchor, np.where(held, EXTENTS[SiteRole.POCKET], max(0.5, extent)), np.zeros(1, bool)
+
+
+def _sequence_codes(system: System) -> np.ndarray:
+    """Hashed codes [N] of each residue with the two before and after it in its chain, where they are not missing."""
+    places = list(zip(system.chain_index.tolist(), system.residue_index.tolist(), strict=True))
+    names = dict(zip(places, system.residue_names, strict=True))
+    codes = []
+    for chain, place in places:
+        near = [(step, names.get((chain, place + step))) for step in range(-2, 3)]
+        words = [f"{step}{name}" for step, name in near if name is not None]
+        codes.append(1 + int(_digest(" ".join(words)), 16) % (ENVIRONMENT_CODES - 1))
+    return np.array(codes)
 
 
 def path_lengths(n_sites: int, bonds: np.ndarray) -> np.ndarray:

@@ -21,9 +21,9 @@ from torch.nn.functional import pad
 
 from dig_scale.batch import Context
 from dig_scale.errors import UserError
-from dig_scale.model.pair_bias import PairBias, PairList, spread
-from dig_scale.model.pair_operators import Ledgers, PairOperators, gather_by_corners
-from dig_scale.model.select import PairDistances, PairWidths, inverse_distances, pair_distances
+from dig_scale.model.pair_bias import PairBias, PairDistances, PairList, spread
+from dig_scale.model.pair_operators import Ledgers, PairOperators, gather_by_corners, sum_by_filters
+from dig_scale.model.select import PairWidths, inverse_distances, pair_distances
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class FusedOperators:
         vectors, ledger = gather_by_corners(self.filters, self.sites, keys, ledgers[1])
         return vectors, (ledgers[0], ledger)
 
+    def gather_vectors(self, values: Tensor, ledgers: Ledgers) -> tuple[Tensor, Ledgers]:
+        """See PairOperators."""
+        vectors, ledger = sum_by_filters(self.filters, values, ledgers[1])
+        return vectors, (ledgers[0], ledger)
+
 
 def fused_geometry(
     pair_bias: PairBias, widths: PairWidths, positions: Tensor, context: Context, noise_std: Tensor
@@ -74,15 +79,15 @@ def fused_geometry(
     batch, n = positions.shape[:2]
     packing = _packing(batch, n, len(context.present), positions.device)
     mask = context.present.expand(batch, n).reshape(-1)
-    u = GivenScalar(_every_row(pair_bias.scalar(found.distance, found.pairs, context, noise_std), found.pairs))
+    u = GivenScalar(_every_row(pair_bias.scalar(found, context, noise_std), found.pairs))
     pieces = pair_bias.pieces()
     static = spread(pair_bias.static(found.pairs, context), found.pairs)
     without_self = static - torch.diag_embed(pieces[0, 0].unsqueeze(-1).expand(-1, n))
     heads, last = widths.heads, widths.heads + widths.filters
-    among, dtype = torch.cat([pieces[..., :heads], pieces[..., last:]], dim=-1).contiguous(), compute_dtype(positions)
+    among = torch.cat([pieces[..., :heads], pieces[..., last:]], dim=-1).contiguous()
     bias, node = pair_channels(
         among, pair_bias.grid, u, _flat(without_self[:, :heads]), packing, heads,
-        key_mask=mask, dtype=dtype, backend=Backend.TRITON,
+        key_mask=mask, dtype=widths.attention_dtype, backend=Backend.TRITON,
     )  # fmt: skip
     filters, _ = pair_channels(
         pieces[..., heads:last].contiguous(), pair_bias.grid, u, _flat(without_self[:, heads:last]), packing,
@@ -92,12 +97,6 @@ def fused_geometry(
     among_present = static[:, last:].masked_fill(~context.present[:, None, None, :], 0.0).sum(-1).transpose(1, 2)
     node = (node - pieces[0, 0, last:]).view(batch, n, -1) + among_present
     return FusedOperators(bias, weights, found.sites, packing, mask, widths), node
-
-
-def compute_dtype(positions: Tensor) -> torch.dtype:
-    """The dtype of attention: autocast's where it is on, else that of the positions."""
-    device = positions.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else positions.dtype
 
 
 @lru_cache(maxsize=64)

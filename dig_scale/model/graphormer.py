@@ -1,15 +1,18 @@
 """The trunk: pre-norm Graphormer blocks with pair-biased attention, geometric filters and time conditioning.
 
 Tokens [B, N, D], condition [B, D]; pair bias and geometric filters are shared by all blocks and reached through
-`PairOperators`, whose ledgers travel with the tokens.
+`PairOperators`, whose ledgers travel with the tokens; Guides are what a site brings of its own: a vector, a frame.
 Every block is modulated by the condition (adaLN, Peebles & Xie 2023). No chemistry and no diffusion here.
 
 A geometric filter gathers vectors V_im = sum_j w_ijm b_jm (r_i - r_j)/|r_i - r_j| and returns invariants of them:
 dot products, and triple products a·(b×c), which change sign under reflection. So the trunk tells a molecule from its
-mirror image wherever three directions span space, stereocentre or not.
+mirror image wherever three directions span space, stereocentre or not. Sites with frames also read V, and vectors that
+other sites hold in their frames, in their own frame.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,14 @@ from torch import Tensor, nn
 from dig_scale.config import Model
 from dig_scale.model.leaves import ChannelMix, Modulation
 from dig_scale.model.pair_operators import Ledgers, PairOperators
+
+
+@dataclass(frozen=True)
+class Guides:
+    """What sites bring besides pairs: vectors [B, 3, 1, N] of order 1, and frames [B, N, 3, 3] with axes in columns."""
+
+    vector: Tensor | None = None
+    frames: Tensor | None = None
 
 
 def soft_unit(vectors: Tensor) -> Tensor:
@@ -29,24 +40,42 @@ def cross(b: Tensor, c: Tensor) -> Tensor:
     return b.roll(-1, 1) * c.roll(-2, 1) - b.roll(-2, 1) * c.roll(-1, 1)
 
 
+def in_frames(vectors: Tensor, frames: Tensor) -> Tensor:
+    """Components [B, N, 3 M] of vectors [B, 3, M, N] along the axes of each site's frame."""
+    return torch.einsum("bnca,bcmn->bnam", frames, vectors).flatten(2)
+
+
 class GeometricFilter(nn.Module):
-    """Tokens -> tokens [B, N, D] from dot and triple products of gathered vectors."""
+    """Tokens -> tokens [B, N, D] from dot and triple products of gathered vectors, and what frames see of them."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        m = config.vector_channels
+        m, framed = config.vector_channels, config.sites == "residues"
         self.keys = nn.Linear(config.width, m)
-        self.mix = ChannelMix(m, 3 * m)
-        self.out = nn.Linear(4 * m, config.width)
+        self.mix = ChannelMix(m + (config.sites == "anchored"), 3 * m)
+        self.values = nn.Linear(config.width, 3 * m) if framed else None
+        self.out = nn.Linear((10 if framed else 4) * m, config.width)
 
-    def forward(self, tokens: Tensor, pairs: PairOperators, ledgers: Ledgers) -> tuple[Tensor, Ledgers]:
+    def forward(self, tokens: Tensor, pairs: PairOperators, guides: Guides, ledgers: Ledgers) -> tuple[Tensor, Ledgers]:
         """Update [B, N, D] to be added to the tokens, and the ledgers."""
         vectors, ledgers = pairs.gather(self.keys(tokens), ledgers)
+        invariants, ledgers = self._framed(tokens, vectors, pairs, guides, ledgers)
+        if guides.vector is not None:
+            vectors = torch.cat([vectors, guides.vector], dim=2)
         mixed = soft_unit(self.mix(vectors))
         a, b, c = mixed.chunk(3, dim=2)
         with_a = torch.cat([cross(b, c), b, a], dim=2) * a.repeat(1, 1, 3, 1)
-        invariants = torch.cat([with_a.sum(1), (b * c).sum(1)], dim=1)
-        return self.out(invariants.transpose(1, 2)), ledgers
+        free = torch.cat([with_a.sum(1), (b * c).sum(1)], dim=1).transpose(1, 2)
+        return self.out(torch.cat([free, *invariants], dim=2) if invariants else free), ledgers
+
+    def _framed(
+        self, tokens: Tensor, vectors: Tensor, pairs: PairOperators, guides: Guides, ledgers: Ledgers
+    ) -> tuple[list[Tensor], Ledgers]:
+        if self.values is None or guides.frames is None:
+            return [], ledgers
+        held = self.values(tokens).unflatten(2, (-1, 3)).to(guides.frames.dtype)
+        carried, ledgers = pairs.gather_vectors(torch.einsum("bnca,bnma->bnmc", guides.frames, held), ledgers)
+        return [in_frames(soft_unit(both), guides.frames) for both in (vectors, carried)], ledgers
 
 
 class Attention(nn.Module):
@@ -79,13 +108,13 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, condition: Tensor, pairs: PairOperators, ledgers: Ledgers
+        self, tokens: Tensor, condition: Tensor, pairs: PairOperators, guides: Guides, ledgers: Ledgers
     ) -> tuple[Tensor, Ledgers]:
         """Tokens [B, N, D] -> tokens, and the ledgers; condition [B, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         inner = torch.addcmul(shift1, self.norm(tokens), 1 + scale1)
         attended, ledgers = self.attention(inner, pairs, ledgers)
-        filtered, ledgers = self.geometric(inner, pairs, ledgers)
+        filtered, ledgers = self.geometric(inner, pairs, guides, ledgers)
         tokens = torch.addcmul(tokens, gate1, attended + filtered)
         inner = torch.addcmul(shift2, self.norm(tokens), 1 + scale2)
         return torch.addcmul(tokens, gate2, self.feed_forward(inner)), ledgers
@@ -99,9 +128,11 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, condition: Tensor, pairs: PairOperators) -> tuple[Tensor, Ledgers]:
+    def forward(
+        self, tokens: Tensor, condition: Tensor, pairs: PairOperators, guides: Guides
+    ) -> tuple[Tensor, Ledgers]:
         """Tokens [B, N, D] -> normalised tokens [B, N, D], and the ledgers."""
         ledgers = pairs.open()
         for block in self.blocks:
-            tokens, ledgers = block(tokens, condition, pairs, ledgers)
+            tokens, ledgers = block(tokens, condition, pairs, guides, ledgers)
         return self.norm(tokens), ledgers

@@ -35,7 +35,7 @@ DISTANCE_SCALE = 4.0
 """Å; distances well beyond it are compressed logarithmically."""
 DISTANCE_REACH = 14.0
 ELEMENTS = 120
-BOND_ORDERS = 6
+BOND_ORDERS = 8
 
 _ORIGINS = (
     0.0,
@@ -67,9 +67,24 @@ def pair_list(n_sites: int, device: torch.device) -> PairList:
     return PairList(first, second, expand.reshape(-1))
 
 
+@dataclass(frozen=True)
+class PairDistances:
+    """Distances [B, P] in Å of the pairs i < j, the same with sites brought back to their clean extent, and those sites."""
+
+    pairs: PairList
+    distance: Tensor
+    shrunk: Tensor
+    sites: Tensor
+
+
 def noise_scale(noise_std: Tensor, extent: Tensor) -> Tensor:
-    """Factor [B] that brings noised coordinates back to the extent (Å) of the clean molecule."""
-    return extent * torch.rsqrt(extent**2 + noise_std**2)
+    """Factors [B, N] that bring noised displacements back to the extents [b, N] (Å) of clean sites; 0 where that is 0."""
+    return extent * torch.rsqrt(extent**2 + noise_std.unsqueeze(-1) ** 2)
+
+
+def compressed(distance: Tensor) -> Tensor:
+    """Distances in Å on a scale that is linear to DISTANCE_SCALE and logarithmic beyond."""
+    return (DISTANCE_SCALE * torch.asinh(distance / DISTANCE_SCALE)).clamp(max=DISTANCE_REACH)
 
 
 class RadialChannels(nn.Module):
@@ -115,18 +130,23 @@ class PairBias(nn.Module):
         self.path = NormalEmbedding(self.max_path + 2, channels, std=0.1)
         self.bond = NormalEmbedding(BOND_ORDERS, channels, std=0.1)
 
-    def forward(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
-        """Channels [B, C, N, N], 0 on the diagonal, from pair distances [B, P] in Å and noise_std [B] in Å.
+    def forward(self, found: PairDistances, context: Context, noise_std: Tensor) -> Tensor:
+        """Channels [B, C, N, N], 0 on the diagonal, from the distances of pairs and noise_std [B] in Å.
 
         Every pair i < j is evaluated once, from the table unless `radial_knots` is 0.
         """
-        u = self.scalar(distance, pairs, context, noise_std)
-        radial = evaluate_pieces(self.pieces(), u, self.grid) if self.grid else self.radial(u)[0]
-        return spread(radial + self.static(pairs, context), pairs)
+        return spread(
+            self.channels(self.scalar(found, context, noise_std)) + self.static(found.pairs, context), found.pairs
+        )
 
-    def direct(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
+    def channels(self, u: Tensor) -> Tensor:
+        """Radial channels [..., C] at u [...]: from the table, or the exact function where there is none."""
+        return evaluate_pieces(self.pieces(), u, self.grid) if self.grid else self.radial(u)[0]
+
+    def direct(self, found: PairDistances, context: Context, noise_std: Tensor) -> Tensor:
         """The same [B, C, N, N] from the formula: Gaussians and MLP for every ordered pair. The oracle."""
-        u = spread(self.scalar(distance, pairs, context, noise_std).unsqueeze(-1), pairs).squeeze(1)
+        pairs = found.pairs
+        u = spread(self.scalar(found, context, noise_std).unsqueeze(-1), pairs).squeeze(1)
         both = self.radial(u)[0].permute(0, 3, 1, 2) + spread(self.static(pairs, context), pairs)
         apart = ~torch.eye(u.shape[-1], dtype=torch.bool, device=u.device)
         return both * apart
@@ -156,18 +176,22 @@ class PairBias(nn.Module):
         values, slopes = self.radial(self.grid.positions(self.radial.centre), 1)
         return hermite_pieces(values, slopes, self.grid)
 
-    def scalar(self, distance: Tensor, pairs: PairList, context: Context, noise_std: Tensor) -> Tensor:
+    def scalar(self, found: PairDistances, context: Context, noise_std: Tensor) -> Tensor:
         """u [B, P] of every pair."""
+        distance, pairs = found.distance, found.pairs
         at_pairs = lambda field: field[:, pairs.first, pairs.second]  # noqa: E731
         segment, reference = at_pairs(context.pair_segment), at_pairs(context.pair_reference)
         width = torch.sqrt(RELATIVE_WIDTH**2 + noise_std**2).unsqueeze(1)
         relative = torch.asinh((distance - reference) / width).clamp(-RELATIVE_REACH, RELATIVE_REACH)
-        shrunk = distance * noise_scale(noise_std, context.extent).unsqueeze(1)
-        absolute = (DISTANCE_SCALE * torch.asinh(shrunk / DISTANCE_SCALE)).clamp(max=DISTANCE_REACH)
-        z = torch.where(segment <= 2, relative, absolute)
+        z = torch.where(segment <= 2, relative, compressed(found.shrunk))
         code = self._element_code(context, pairs)
         origin = distance.new_tensor(_ORIGINS)[segment]
         return self.gain(code).squeeze(-1) * z + self.shift(code).squeeze(-1) + origin
+
+    def image_scalar(self, distance: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """u [E] of pairs of a site and a periodic image, at distances [E] in Å, with their elements [E]."""
+        code = torch.minimum(first, second) * ELEMENTS + torch.maximum(first, second)
+        return self.gain(code).squeeze(-1) * compressed(distance) + self.shift(code).squeeze(-1) + _ORIGINS[4]
 
     def _element_code(self, context: Context, pairs: PairList) -> Tensor:
         a, b = context.element[:, pairs.first], context.element[:, pairs.second]
@@ -177,6 +201,11 @@ class PairBias(nn.Module):
         """Path and bond encodings [b, P, C]."""
         length = context.path_length[:, pairs.first, pairs.second].clamp(max=self.max_path + 1)
         return self.path(length) + self.bond(context.bond_order[:, pairs.first, pairs.second])
+
+    def unlinked(self) -> Tensor:
+        """The same [C] for two sites that no path of bonds joins."""
+        codes = torch.tensor([self.max_path + 1, 0], device=self.path.weight.device)
+        return self.path(codes[:1])[0] + self.bond(codes[1:])[0]
 
 
 def _pair(both: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

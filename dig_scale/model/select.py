@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dig_scale.batch import Context
-from dig_scale.model.pair_bias import PairBias, PairList, noise_scale, pair_list
+from dig_scale.model.pair_bias import PairBias, PairDistances, PairList, noise_scale, pair_list
 from dig_scale.model.pair_operators import DenseOperators, PairOperators, ReferenceOperators
 
 MASKED = -1e4
@@ -27,17 +27,27 @@ MIN_DISTANCE = 1e-2
 
 @dataclass(frozen=True)
 class PairWidths:
-    """How the channels of a pair are used (attention heads, filters, summed node features), and what attends with them."""
+    """How the channels of a pair are used (attention heads, filters, summed node features), and what attends with them.
+
+    `attention_dtype` is that of q, k, v and the bias in fused attention; distances, tables and filters do not follow it.
+    """
 
     heads: int
     filters: int
     node: int
     layers: int
     head_width: int
+    attention_dtype: torch.dtype
 
 
 Build = Callable[[PairBias, PairWidths, Tensor, Context, Tensor], tuple[PairOperators, Tensor]]
 """(pair bias, widths, positions [B,N,3] Å, context, noise_std [B] Å) -> operators, node feature [B, N, M]."""
+
+
+def attention_dtype(positions: Tensor) -> torch.dtype:
+    """The dtype of attention: autocast's where it is on, else that of the positions."""
+    device = positions.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else positions.dtype
 
 
 def geometry_builder(kernels: Literal["auto", "reference", "triton"], positions: Tensor) -> Build:
@@ -51,23 +61,22 @@ def geometry_builder(kernels: Literal["auto", "reference", "triton"], positions:
     return _dense if backend_for(positions) is Backend.CPU else _reference
 
 
-@dataclass(frozen=True)
-class PairDistances:
-    """Distances [B, P] in Å of the pairs i < j, the same shrunk to the extent of the clean molecule, and its sites."""
-
-    pairs: PairList
-    distance: Tensor
-    shrunk: Tensor
-    sites: Tensor
-
-
 def pair_distances(positions: Tensor, context: Context, noise_std: Tensor) -> PairDistances:
-    """Distances of all pairs and sites [B, N, 3] brought back to the scale of the clean molecule."""
+    """Distances of all pairs and sites [B, N, 3] brought back towards their anchors, to the scale of clean structures."""
     pairs = pair_list(positions.shape[1], positions.device)
+    sites = clean_scale(positions, context, noise_std)
+    return PairDistances(pairs, _lengths(positions, pairs), _lengths(sites, pairs), sites)
+
+
+def clean_scale(positions: Tensor, context: Context, noise_std: Tensor) -> Tensor:
+    """Positions [B, N, 3] Å with the displacements from their anchors at the scale of clean structures; fixed sites stay."""
+    factor = noise_scale(noise_std, context.extent).masked_fill(~context.mobile, 1.0)
+    return context.anchor + (positions - context.anchor) * factor.unsqueeze(-1)
+
+
+def _lengths(positions: Tensor, pairs: PairList) -> Tensor:
     offset = positions[:, pairs.first] - positions[:, pairs.second]
-    distance = torch.sqrt((offset**2).sum(-1) + MIN_DISTANCE**2)
-    scale = noise_scale(noise_std, context.extent)
-    return PairDistances(pairs, distance, distance * scale[:, None], positions * scale[:, None, None])
+    return torch.sqrt((offset**2).sum(-1) + MIN_DISTANCE**2)
 
 
 def inverse_distances(found: PairDistances, absent: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ def _dense(
     pair_bias: PairBias, widths: PairWidths, positions: Tensor, context: Context, noise_std: Tensor
 ) -> tuple[PairOperators, Tensor]:
     found = pair_distances(positions, context, noise_std)
-    channels = pair_bias(found.distance, found.pairs, context, noise_std)
+    channels = pair_bias(found, context, noise_std)
     bias, filters, node = _split(channels, found, widths, context)
     return DenseOperators(bias, filters, found.sites), node
 
@@ -90,7 +99,7 @@ def _reference(
     pair_bias: PairBias, widths: PairWidths, positions: Tensor, context: Context, noise_std: Tensor
 ) -> tuple[PairOperators, Tensor]:
     found = pair_distances(positions, context, noise_std)
-    channels = pair_bias.direct(found.distance, found.pairs, context, noise_std)
+    channels = pair_bias.direct(found, context, noise_std)
     bias, filters, node = _split(channels, found, widths, context)
     return ReferenceOperators(bias, filters, found.sites), node
 

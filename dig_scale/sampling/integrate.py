@@ -14,7 +14,7 @@ from torch import Tensor
 from dig_scale.batch import Context, ScoreFn, State
 from dig_scale.diffusion.composition import Composition
 from dig_scale.sampling.noise import counter_normal
-from dig_scale.sampling.solvers import CLEAN, Memory, Solver
+from dig_scale.sampling.solvers import CLEAN, Memory, Solver, Step
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def time_grid(steps: int) -> Tensor:
 
 def walker_noise(seed: Tensor, index: Tensor, step: Tensor, composition: Composition, context: Context) -> State:
     """Standard noise of every walker at its step, restricted to what may move; step 0 is the prior's."""
-    flat = counter_normal(seed, index, step, 3 * context.n_sites)
-    return composition.constrained(State(positions=flat.view(len(flat), -1, 3)), context)
+    return composition.noise(counter_normal(seed, index, step, composition.normals(context)), context)
 
 
 def walkers_at_start(
@@ -59,7 +58,8 @@ def advance(score_fn: ScoreFn, composition: Composition, context: Context, solve
     """One step of every walker; finished ones must not be among them."""
     t, t_next = step_times(walkers.step, walkers.steps), step_times(walkers.step + 1, walkers.steps)
     noise = walker_noise(walkers.seed, walkers.index, walkers.step + 1, composition, context)
-    state, memory = solver.step(score_fn, composition, walkers.state, context, t, t_next, walkers.memory, noise)
+    step = Step(walkers.state, context, t, t_next, noise)
+    state, memory = solver.step(score_fn, composition, step, walkers.memory)
     return Walkers(state, memory, walkers.seed, walkers.index, walkers.step + 1, walkers.steps)
 
 

@@ -1,29 +1,33 @@
 """Solvers: pure (init, step) pairs with a time PER SAMPLE. One function per published algorithm.
 
-step(score_fn, composition, state, context, t, t_next, memory, noise) -> (state, memory): t, t_next [B] with t_next < t;
-t_next = CLEAN (below 0) asks for the clean state, for which every solver returns its estimate E[x_0 | x_t]. Rows do
-not see each other. The state is x_t of the composition's process; noise is standard normal of its shape.
+step(score_fn, composition, step, memory) -> (state, memory): a Step holds state, context, t, t_next [B] with t_next < t,
+and noise; t_next = CLEAN (below 0) asks for the clean state, for which every solver returns its estimate E[x_0 | x_t].
+Rows do not see each other. The state is x_t of the composition's processes; noise is standard normal of its shape.
 
 ancestral            DDPM posterior step (Ho et al. 2020, eq. 6-7; DiG's sampler)      stochastic, weak order 1
 euler-maruyama       reverse SDE (Song et al. 2021, eq. 6)                             stochastic, weak order 1
 heun                 probability-flow ODE (Karras et al. 2022, algorithm 1)            order 2, two evaluations per step
 dpm-solver++2m-ode   DPM-Solver++(2M) (Lu et al. 2022, algorithm 2)                    order 2
 dpm-solver++2m-sde   SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 18)                     stochastic
+
+Plain vectors (positions, cells) have alpha < 1 and take these as published. Rotations and wrapped coordinates have
+alpha = 1 and noise variance v(t): with D = move(x, v s) for the clean estimate they take the same algorithms at first
+order, posterior step for the stochastic ones and x' = move(x, (v - sqrt(v v')) s) for the deterministic ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dig_scale.batch import Context, ScoreFn, State
+from dig_scale.batch import Context, Score, ScoreFn, State
 from dig_scale.config import SolverName
 from dig_scale.diffusion.composition import Composition
-from dig_scale.diffusion.euclidean import per_sample
-from dig_scale.diffusion.schedule import alpha_sigma
+from dig_scale.diffusion.euclidean import VariancePreserving, per_sample
+from dig_scale.diffusion.process import Process
 
 CLEAN = -1.0
 """The time after t = 0: no noise at all."""
@@ -31,14 +35,35 @@ CLEAN = -1.0
 
 @dataclass(frozen=True)
 class Memory:
-    """What a multistep solver keeps: previous clean estimate [B,N,3], its log-SNR [B], and whether there is one [B]."""
+    """What a multistep solver keeps: previous clean estimates, their times [B], and whether there are any [B]."""
 
-    clean: Tensor
-    log_snr: Tensor
+    clean: State
+    t: Tensor
     filled: Tensor
 
 
-Step = Callable[[ScoreFn, Composition, State, Context, Tensor, Tensor, Memory, State], tuple[State, Memory]]
+@dataclass(frozen=True)
+class Step:
+    """Where walkers stand and what they need to go on: state x_t, context, t and t_next [B], standard noise."""
+
+    state: State
+    context: Context
+    t: Tensor
+    t_next: Tensor
+    noise: State
+
+    @property
+    def clean(self) -> Tensor:
+        """Rows [B] that this step ends without noise."""
+        return self.t_next < 0
+
+    @property
+    def target(self) -> Tensor:
+        """t_next [B], 0 where the step ends without noise."""
+        return self.t_next.clamp(min=0)
+
+
+Advance = Callable[[ScoreFn, Composition, Step, Memory], tuple[State, Memory]]
 
 
 @dataclass(frozen=True)
@@ -46,19 +71,28 @@ class Solver:
     """A named step with its cost in network evaluations."""
 
     name: SolverName
-    step: Step
+    step: Advance
     evaluations_per_step: int
 
     def init(self, state: State) -> Memory:
         """Empty memory for a state."""
-        x = _positions(state)
-        zeros = torch.zeros(len(x), device=x.device, dtype=x.dtype)
-        return Memory(torch.zeros_like(x), zeros, torch.zeros(len(x), device=x.device, dtype=torch.bool))
+        vectors = {
+            name: torch.zeros_like(x) for name, x in fields_of(state).items() if name in ("positions", "lattice")
+        }
+        first = next(iter(fields_of(state).values()))
+        t = torch.zeros(len(first), device=first.device)
+        return Memory(State(**vectors), t, torch.zeros_like(t, dtype=torch.bool))
+
+
+def fields_of(state: State | Score) -> dict[str, Tensor]:
+    """The fields that are there, by name."""
+    names = ("positions", "rotations", "fractional", "lattice")
+    return {name: value for name in names if (value := getattr(state, name)) is not None}
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """alpha, sigma at t and t_next, shaped to multiply positions; `clean` rows end without noise."""
+    """alpha, sigma at t and t_next, shaped to multiply a field; `clean` rows end without noise."""
 
     alpha: Tensor
     sigma: Tensor
@@ -73,146 +107,171 @@ class _Levels:
         return torch.log(torch.where(self.clean, torch.ones_like(ratio), ratio))
 
 
-def _levels(composition: Composition, x: Tensor, t: Tensor, t_next: Tensor) -> _Levels:
-    schedule = composition.positions.schedule
-    alpha, sigma = alpha_sigma(schedule.noise_std(t))
-    alpha_next, sigma_next = alpha_sigma(schedule.noise_std(t_next.clamp(min=0)))
-    clean = (t_next < 0).view(-1, *([1] * (x.dim() - 1)))
-    shaped = [per_sample(v, x) for v in (alpha, sigma, alpha_next, sigma_next)]
-    return _Levels(shaped[0], shaped[1], shaped[2], shaped[3], clean)
+def _levels(process: Process, x: Tensor, step: Step) -> _Levels:
+    now, later = process.coefficients(step.t), process.coefficients(step.target)
+    shaped = [per_sample(v, x) for v in (now.alpha, now.sigma, later.alpha, later.sigma)]
+    return _Levels(shaped[0], shaped[1], shaped[2], shaped[3], per_sample(step.clean, x).bool())
 
 
-def _clean_estimate(score_fn: ScoreFn, state: State, context: Context, t: Tensor, level: _Levels) -> Tensor:
-    score = score_fn(state, context, t).positions
-    assert score is not None
-    return (_positions(state) + level.sigma**2 * score) / level.alpha
+@dataclass(frozen=True)
+class _Part:
+    """One field within a step: its noised value x, score and noise, with the levels shaped for its tangents."""
+
+    name: str
+    process: Process
+    x: Tensor
+    score: Tensor
+    noise: Tensor
+    level: _Levels
+
+    @property
+    def estimate(self) -> Tensor:
+        """E[x_0 | x_t] of a plain vector."""
+        return (self.x + self.level.sigma**2 * self.score) / self.level.alpha
 
 
-def _positions(state: State) -> Tensor:
-    assert state.positions is not None
-    return state.positions
+Rule = Callable[[_Part], Tensor]
+"""A field's value at t_next."""
 
 
-def _finish(level: _Levels, clean: Tensor, moved: Tensor) -> State:
-    return State(positions=torch.where(level.clean, clean, moved))
+def _parts(composition: Composition, step: Step, scores: Score) -> Iterator[_Part]:
+    given, noise = fields_of(scores), fields_of(step.noise)
+    for name, x in fields_of(step.state).items():
+        process, score = composition.fields[name].process, given[name]
+        yield _Part(name, process, x, score, noise[name], _levels(process, score, step))
 
 
-def ancestral_step(
-    score_fn: ScoreFn,
-    composition: Composition,
-    state: State,
-    context: Context,
-    t: Tensor,
-    t_next: Tensor,
-    memory: Memory,
-    noise: State,
-) -> tuple[State, Memory]:
-    """x_s ~ q(x_s | x_t, x_0 = E[x_0 | x_t])."""
-    x = _positions(state)
-    level = _levels(composition, x, t, t_next)
-    clean = _clean_estimate(score_fn, state, context, t, level)
+def _by_field(composition: Composition, step: Step, scores: Score, vector: Rule, curved: Rule) -> State:
+    """One step of every field from its score: `vector` for plain vectors, `curved` for the others."""
+    parts = _parts(composition, step, scores)
+    return State(**{p.name: (vector if isinstance(p.process, VariancePreserving) else curved)(p) for p in parts})
+
+
+def _posterior(p: _Part) -> Tensor:
+    level, clean = p.level, p.estimate
     ratio = level.alpha / level.alpha_next
     gained = level.sigma**2 - ratio**2 * level.sigma_next**2
-    mean = (ratio * level.sigma_next**2 * x + level.alpha_next * gained * clean) / level.sigma**2
+    mean = (ratio * level.sigma_next**2 * p.x + level.alpha_next * gained * clean) / level.sigma**2
     spread = torch.sqrt(gained.clamp(min=0)) * level.sigma_next / level.sigma
-    return _finish(level, clean, mean + spread * _positions(noise)), memory
+    return torch.where(level.clean, clean, mean + spread * p.noise)
+
+
+def _curved_posterior(p: _Part) -> Tensor:
+    gained = p.level.sigma**2 - p.level.sigma_next**2
+    spread = torch.sqrt(gained.clamp(min=0)) * p.level.sigma_next / p.level.sigma
+    tangent = torch.where(p.level.clean, p.level.sigma**2 * p.score, gained * p.score + spread * p.noise)
+    return p.process.move(p.x, tangent)
+
+
+def _flow(p: _Part) -> Tensor:
+    n, n_next = p.level.sigma / p.level.alpha, p.level.sigma_next / p.level.alpha_next
+    moved = p.level.alpha_next * (p.x / p.level.alpha - (n_next - n) * p.level.sigma * p.score)
+    return torch.where(p.level.clean, p.estimate, moved)
+
+
+def _curved_flow(p: _Part) -> Tensor:
+    later = torch.where(p.level.clean, torch.zeros_like(p.level.sigma), p.level.sigma_next)
+    return p.process.move(p.x, (p.level.sigma**2 - p.level.sigma * later) * p.score)
+
+
+def ancestral_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory) -> tuple[State, Memory]:
+    """x_s ~ q(x_s | x_t, x_0 = E[x_0 | x_t])."""
+    scores = score_fn(step.state, step.context, step.t)
+    return _by_field(composition, step, scores, _posterior, _curved_posterior), memory
 
 
 def euler_maruyama_step(
-    score_fn: ScoreFn,
-    composition: Composition,
-    state: State,
-    context: Context,
-    t: Tensor,
-    t_next: Tensor,
-    memory: Memory,
-    noise: State,
+    score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory
 ) -> tuple[State, Memory]:
     """dx = (drift x - diffusion score) dt + sqrt(diffusion) dW, backwards in t."""
-    x = _positions(state)
-    level = _levels(composition, x, t, t_next)
-    clean = _clean_estimate(score_fn, state, context, t, level)
-    score = composition.positions.target(clean, x, t)
-    c = composition.positions.coefficients(t)
-    dt = per_sample(t - t_next.clamp(min=0), x)
-    drift = per_sample(c.diffusion, x) * score - per_sample(c.drift, x) * x
-    moved = composition.positions.move(x, drift * dt + torch.sqrt(per_sample(c.diffusion, x) * dt) * _positions(noise))
-    return _finish(level, clean, moved), memory
+
+    def tangent(p: _Part) -> Tensor:
+        dt = per_sample(step.t - step.target, p.score)
+        diffusion = per_sample(p.process.coefficients(step.t).diffusion, p.score)
+        return diffusion * p.score * dt + torch.sqrt(diffusion * dt) * p.noise
+
+    def vector(p: _Part) -> Tensor:
+        drift = per_sample(p.process.coefficients(step.t).drift * (step.t - step.target), p.x)
+        return torch.where(p.level.clean, p.estimate, p.process.move(p.x, tangent(p) - drift * p.x))
+
+    def curved(p: _Part) -> Tensor:
+        return p.process.move(p.x, torch.where(p.level.clean, p.level.sigma**2 * p.score, tangent(p)))
+
+    return _by_field(composition, step, score_fn(step.state, step.context, step.t), vector, curved), memory
 
 
-def heun_step(
-    score_fn: ScoreFn,
-    composition: Composition,
-    state: State,
-    context: Context,
-    t: Tensor,
-    t_next: Tensor,
-    memory: Memory,
-    noise: State,
-) -> tuple[State, Memory]:
-    """dy/dn = (y - D)/n for y = x/alpha, n = sigma/alpha: Euler predictor, trapezoidal corrector; no noise is used."""
-    x = _positions(state)
-    level = _levels(composition, x, t, t_next)
-    clean = _clean_estimate(score_fn, state, context, t, level)
-    n, n_next = level.sigma / level.alpha, level.sigma_next / level.alpha_next
-    y = x / level.alpha
-    slope = (y - clean) / n
-    predicted = y + (n_next - n) * slope
-    again = _levels(composition, x, t_next.clamp(min=0), t_next)
-    second = _clean_estimate(score_fn, State(predicted * level.alpha_next), context, t_next.clamp(min=0), again)
-    moved = y + (n_next - n) * 0.5 * (slope + (predicted - second) / n_next)
-    return _finish(level, clean, moved * level.alpha_next), memory
+def heun_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory) -> tuple[State, Memory]:
+    """dy/dn = (y - D)/n for y = x/alpha, n = sigma/alpha: Euler predictor, trapezoidal corrector; no noise is used.
+
+    Curved fields average the tangents of predictor and corrector.
+    """
+    first = score_fn(step.state, step.context, step.t)
+    predicted = _by_field(composition, step, first, _flow, _curved_flow)
+    later = fields_of(score_fn(predicted, step.context, step.target))
+
+    def vector(p: _Part) -> Tensor:
+        n, n_next = p.level.sigma / p.level.alpha, p.level.sigma_next / p.level.alpha_next
+        slope = -0.5 * (p.level.sigma * p.score + p.level.sigma_next * later[p.name])
+        moved = p.level.alpha_next * (p.x / p.level.alpha + (n_next - n) * slope)
+        return torch.where(p.level.clean, p.estimate, moved)
+
+    def curved(p: _Part) -> Tensor:
+        slope = 0.5 * (p.level.sigma * p.score + p.level.sigma_next * later[p.name])
+        moved = (p.level.sigma - p.level.sigma_next) * slope
+        return p.process.move(p.x, torch.where(p.level.clean, p.level.sigma**2 * p.score, moved))
+
+    return _by_field(composition, step, first, vector, curved), memory
 
 
 def dpm_solver_ode_step(
-    score_fn: ScoreFn,
-    composition: Composition,
-    state: State,
-    context: Context,
-    t: Tensor,
-    t_next: Tensor,
-    memory: Memory,
-    noise: State,
+    score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory
 ) -> tuple[State, Memory]:
     """x' = (sigma'/sigma) x + alpha' (1 - e^-h) D', D' extrapolated from this and the previous estimate."""
-    x = _positions(state)
-    level = _levels(composition, x, t, t_next)
-    clean = _clean_estimate(score_fn, state, context, t, level)
-    h = level.step_log_snr
-    extrapolated, kept = _second_order(clean, level, h, memory)
-    moved = level.sigma_next / level.sigma * x - level.alpha_next * torch.expm1(-h) * extrapolated
-    return _finish(level, clean, moved), kept
+
+    def moved(p: _Part, extrapolated: Tensor) -> Tensor:
+        level, h = p.level, p.level.step_log_snr
+        return level.sigma_next / level.sigma * p.x - level.alpha_next * torch.expm1(-h) * extrapolated
+
+    return _multistep(score_fn, composition, step, memory, moved, _curved_flow)
 
 
 def dpm_solver_sde_step(
-    score_fn: ScoreFn,
-    composition: Composition,
-    state: State,
-    context: Context,
-    t: Tensor,
-    t_next: Tensor,
-    memory: Memory,
-    noise: State,
+    score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory
 ) -> tuple[State, Memory]:
     """x' = (sigma'/sigma) e^-h x + alpha' (1 - e^-2h) D' + sigma' sqrt(1 - e^-2h) z."""
-    x = _positions(state)
-    level = _levels(composition, x, t, t_next)
-    clean = _clean_estimate(score_fn, state, context, t, level)
-    h = level.step_log_snr
-    extrapolated, kept = _second_order(clean, level, h, memory)
-    decay = -torch.expm1(-2 * h)
-    moved = level.sigma_next / level.sigma * torch.exp(-h) * x + level.alpha_next * decay * extrapolated
-    moved = moved + level.sigma_next * torch.sqrt(decay.clamp(min=0)) * _positions(noise)
-    return _finish(level, clean, moved), kept
+
+    def moved(p: _Part, extrapolated: Tensor) -> Tensor:
+        level, h = p.level, p.level.step_log_snr
+        decay = -torch.expm1(-2 * h)
+        mean = level.sigma_next / level.sigma * torch.exp(-h) * p.x + level.alpha_next * decay * extrapolated
+        return mean + level.sigma_next * torch.sqrt(decay.clamp(min=0)) * p.noise
+
+    return _multistep(score_fn, composition, step, memory, moved, _curved_posterior)
 
 
-def _second_order(clean: Tensor, level: _Levels, h: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-    log_snr = torch.log(level.alpha / level.sigma)
-    last = log_snr - per_sample(memory.log_snr, clean)
-    usable = per_sample(memory.filled, clean).bool()
-    ratio = torch.where(usable, h / torch.where(usable, last, torch.ones_like(last)), torch.zeros_like(h))
-    extrapolated = clean + 0.5 * ratio * (clean - memory.clean)
-    return extrapolated, Memory(clean, log_snr.flatten(), torch.ones_like(memory.filled))
+def _multistep(
+    score_fn: ScoreFn,
+    composition: Composition,
+    step: Step,
+    memory: Memory,
+    moved: Callable[[_Part, Tensor], Tensor],
+    curved: Rule,
+) -> tuple[State, Memory]:
+    previous = fields_of(memory.clean)
+
+    def vector(p: _Part) -> Tensor:
+        clean, h = p.estimate, p.level.step_log_snr
+        usable = per_sample(memory.filled, p.x).bool()
+        then = _levels(p.process, p.x, replace(step, t=memory.t))
+        gap = torch.log(p.level.alpha / p.level.sigma) - torch.log(then.alpha / then.sigma)
+        ratio = torch.where(usable, h / torch.where(usable, gap, torch.ones_like(gap)), torch.zeros_like(h))
+        extrapolated = clean + 0.5 * ratio * (clean - previous[p.name])
+        return torch.where(p.level.clean, clean, moved(p, extrapolated))
+
+    scores = score_fn(step.state, step.context, step.t)
+    state = _by_field(composition, step, scores, vector, curved)
+    kept = {p.name: p.estimate for p in _parts(composition, step, scores) if p.name in previous}
+    return state, Memory(State(**kept), step.t.to(memory.t.dtype), torch.ones_like(memory.filled))
 
 
 SOLVERS: dict[SolverName, Solver] = {

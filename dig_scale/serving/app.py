@@ -9,12 +9,14 @@ bearer token that clients must send is read from DIG_SCALE_TOKEN; without it the
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,11 @@ TOKEN_VARIABLE = "DIG_SCALE_TOKEN"
 _OBJECT_STORE_BYTES = 256 * 2**20
 _SPARE_CONNECTIONS = 64
 """Connections beyond the admitted requests, so that a full queue still answers health, metrics and 429."""
+_PREDECESSOR_SECONDS = 30.0
+"""How long a port may stay taken: the proxy of a killed server outlives it until it sees that its Ray is gone."""
+_PROXY_READY_SECONDS = 60
+"""How long Ray Serve lets a proxy start: its own 5 s are too few on a busy machine, and the start fails when they end."""
+LOGGER = logging.getLogger(__name__)
 
 
 class PortTakenError(UserError):
@@ -87,10 +94,13 @@ def serve(checkpoint: Path, config: Serve, ready: Callable[[str], None] | None =
         shutdown()
 
 
-def deploy(checkpoint: Path, config: Serve) -> str:
-    """Start the service and return its URL once it answers; raises UserError (checkpoint, port) before anything starts."""
+def deploy(checkpoint: Path, config: Serve, patience_s: float = _PREDECESSOR_SECONDS) -> str:
+    """Start the service and return its URL once it answers; raises UserError (checkpoint, port) before anything starts.
+
+    `patience_s` seconds are given to whoever still holds the port, such as what is left of a killed predecessor.
+    """
     load_checkpoint(checkpoint)
-    port = _free_port(config.host, config.port)
+    port = _awaited_port(config.host, config.port, patience_s)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _start_ray(config)
     ray_serve.start(
@@ -149,6 +159,7 @@ def _start_ray(config: Serve) -> None:
         return
     # A private Ray has token authentication by default; a secret of its own keeps it from writing one into the home folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_READY_SECONDS))
     ray.init(
         address="local",
         num_cpus=max(_cores(), config.replicas),
@@ -169,17 +180,28 @@ def _threads(replicas: int) -> int:
     return max(1, min(share, int(wish))) if wish.isdigit() else share
 
 
-def _free_port(host: str, port: int) -> int:
-    """`port` if nobody listens there, or a free one for port 0; raises PortTakenError."""
+def _awaited_port(host: str, port: int, patience_s: float) -> int:
+    """`port`, or a free one for port 0, once nobody listens there; raises PortTakenError after `patience_s` seconds."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return _bindable_port(host, port)
+        except OSError as error:
+            left = deadline - time.monotonic()
+            if error.errno != errno.EADDRINUSE or left <= 0:
+                raise PortTakenError(
+                    f"cannot listen on {host}:{port}: {error.strerror}; end the other process, or set serve.port to a free one"
+                ) from None
+        LOGGER.warning("%s:%d is taken; waiting for it for up to %.0f s", host, port, left)
+        time.sleep(min(2.0, left))
+
+
+def _bindable_port(host: str, port: int) -> int:
+    """The port that a server could listen on now; raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTakenError(
-                f"cannot listen on {host}:{port}: {error.strerror}; end the other process, or set serve.port to a free one"
-            ) from None
+        probe.bind((host, port))
         return int(probe.getsockname()[1])
 
 

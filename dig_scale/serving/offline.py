@@ -1,6 +1,6 @@
-"""Offline sampling on one machine: a number of samples of one system, drawn by several processes, continued when rerun.
+"""Offline sampling on one machine: samples of one or several systems, drawn by several processes, continued when rerun.
 
-In: a checkpoint, a System, the number wanted. Out: a folder with the Ensemble (ensemble.npz, topology.pdb, samples.xtc).
+In: a checkpoint, Systems, the numbers wanted. Out: a folder for each with its Ensemble (outputs.ensembles says in which files).
 A sample depends on (seed, index) only, so samples already there are kept and only missing indices are drawn. Every block
 of indices is a file of its own, written atomically, until all are joined: a killed run loses at most the blocks under way.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,16 +26,24 @@ import torch
 from dig_shards.durable import replace_durably
 
 from dig_scale.config import Sample
-from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble, write_ensemble_file
+from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
-from dig_scale.records import write_topology_pdb, write_xtc
+from dig_scale.outputs.ensembles import is_complete, write_ensemble_folder
 from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
-from dig_scale.serving.served import Bench, best_device, build_bench, load_served_model, rows_that_fit
+from dig_scale.serving.served import (
+    Benches,
+    ServedModel,
+    Wanted,
+    best_device,
+    load_served_model,
+    require_wanted,
+    rows_that_fit,
+)
 from dig_scale.system import System
 
 PARTS = "parts"
-TOPOLOGY, TRAJECTORY = "topology.pdb", "samples.xtc"
+_ARRAYS = ("positions", "rotations", "cell")
 
 OnSamples = Callable[[int, int], None]
 """(samples there, samples wanted)."""
@@ -56,22 +64,22 @@ def sample_ensemble(draws: Draws, progress: OnSamples | None = None) -> Ensemble
 
     Raises UserError when the folder holds samples of another run, or a process died (run again to carry on).
     """
-    model = load_served_model(draws.checkpoint, torch.device("cpu"))
-    identity = _identity(draws, model.checkpoint_id)
-    _claim(draws.out, identity)
-    there = _existing(draws.out, draws.settings.num)
-    if there is not None and there.n_samples >= draws.settings.num and (draws.out / TRAJECTORY).is_file():
-        return there
-    have = set() if there is None else set(there.index.tolist())
-    missing = np.array([i for i in range(draws.settings.num) if i not in have], np.int64)
-    parts = _draw_missing(draws, missing, len(have), progress)
-    recipe = model.recipe.model_dump(mode="json")
-    provenance = identity | {"recipe": recipe, "training_cost": dict(model.training_cost)}
-    ensemble = _joined(draws, there, parts, provenance)
-    _publish(ensemble, draws.out)
-    for part in parts:
-        part.unlink()
-    return ensemble
+    return sample_ensembles([draws], progress)[0]
+
+
+def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None) -> list[Ensemble]:
+    """The ensembles of several systems by one checkpoint and settings that differ in `num` alone; raises as sample_ensemble."""
+    first = wanted[0]
+    model = load_served_model(first.checkpoint, torch.device("cpu"))
+    require_wanted(model.recipe, wanted_properties(first.settings))
+    plans = [_plan(draws, model) for draws in wanted]
+    _draw_missing(plans, progress)
+    return [_finished(plan, model) for plan in plans]
+
+
+def wanted_properties(settings: Sample) -> Wanted:
+    """The properties that these settings ask for."""
+    return Wanted(settings.conditions, settings.guidance)
 
 
 def worker_count(settings: Sample) -> int:
@@ -81,16 +89,61 @@ def worker_count(settings: Sample) -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """One system's part of a run: what is there, and the blocks of indices that are not, by their files."""
+
+    draws: Draws
+    identity: dict[str, Any]
+    there: Ensemble | None
+    blocks: dict[Path, np.ndarray]
+
+    @property
+    def have(self) -> int:
+        return 0 if self.there is None else self.there.n_samples
+
+
+def _plan(draws: Draws, model: ServedModel) -> _Plan:
+    identity = _identity(draws, model.checkpoint_id)
+    _claim(draws.out, identity)
+    there = _existing(draws.out, draws.settings.num)
+    have = set() if there is None else set(there.index.tolist())
+    missing = np.array([i for i in range(draws.settings.num) if i not in have], np.int64)
+    folder = draws.out / PARTS
+    folder.mkdir(exist_ok=True)
+    blocks = {_part(folder, block): block for block in _blocks(missing, draws)}
+    for stray in set(folder.iterdir()) - set(blocks):
+        stray.unlink()
+    return _Plan(draws, identity, there, blocks)
+
+
+def _finished(plan: _Plan, model: ServedModel) -> Ensemble:
+    """The whole ensemble, on disk."""
+    if plan.there is not None and not plan.blocks and is_complete(plan.there, plan.draws.out):
+        return plan.there
+    recipe = model.recipe.model_dump(mode="json")
+    provenance = plan.identity | {"recipe": recipe, "training_cost": dict(model.training_cost)}
+    ensemble = _joined(plan, provenance)
+    write_ensemble_folder(ensemble, plan.draws.out)
+    for part in plan.blocks:
+        part.unlink()
+    return ensemble
+
+
 def _identity(draws: Draws, checkpoint_id: str) -> dict[str, Any]:
-    settings = draws.settings
-    return {
+    settings, wanted = draws.settings, wanted_properties(draws.settings)
+    evaluations = solver_named(settings.solver).evaluations_per_step * wanted.evaluations
+    identity = {
         "checkpoint": checkpoint_id,
         "system_id": draws.system.system_id,
         "solver": settings.solver,
         "steps": settings.steps,
         "seed": settings.seed,
-        "network_evaluations_per_sample": settings.steps * solver_named(settings.solver).evaluations_per_step,
+        "network_evaluations_per_sample": settings.steps * evaluations,
     }
+    if not wanted.conditions:
+        return identity
+    return identity | {"conditions": dict(sorted(wanted.conditions.items())), "guidance": wanted.guidance}
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -99,9 +152,10 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     record = out / "run.json"
     if record.is_file():
         there = json.loads(record.read_text())
-        changed = [f"{key} {there.get(key)} -> {value}" for key, value in identity.items() if there.get(key) != value]
-        if changed:
-            raise UserError(f"{out} holds samples of another run ({'; '.join(changed)}): give another --out")
+        keys = [key for key in {**there, **identity} if there.get(key) != identity.get(key)]
+        if keys:
+            changed = "; ".join(f"{key} {there.get(key)} -> {identity.get(key)}" for key in keys)
+            raise UserError(f"{out} holds samples of another run ({changed}): give another --out")
         return
     replace_durably(record, json.dumps(identity, indent=1).encode())
 
@@ -115,24 +169,26 @@ def _existing(out: Path, wanted: int) -> Ensemble | None:
     return there
 
 
-def _draw_missing(draws: Draws, missing: np.ndarray, have: int, progress: OnSamples | None) -> list[Path]:
-    folder = draws.out / PARTS
-    folder.mkdir(exist_ok=True)
-    blocks = {_part(folder, block): block for block in _blocks(missing, draws)}
-    for stray in set(folder.iterdir()) - set(blocks):
-        stray.unlink()
-    done = have + sum(len(block) for path, block in blocks.items() if path.is_file())
-    todo = {path: block for path, block in blocks.items() if not path.is_file()}
-    with _pool(draws, len(todo)) as pool:
-        running: dict[Future[int], Path] = {pool.submit(_draw_block, path, block): path for path, block in todo.items()}
+def _draw_missing(plans: Sequence[_Plan], progress: OnSamples | None) -> None:
+    """Draw every block that has no file yet, all systems' in one pool."""
+    total = sum(plan.draws.settings.num for plan in plans)
+    done = sum(plan.have for plan in plans)
+    done += sum(len(block) for plan in plans for path, block in plan.blocks.items() if path.is_file())
+    todo = [(plan, path) for plan in plans for path in plan.blocks if not path.is_file()]
+    if not todo:
+        return
+    with _pool(plans[0].draws, len(todo)) as pool:
+        running: list[Future[int]] = [
+            pool.submit(_draw_block, path, plan.blocks[path], plan.draws.system) for plan, path in todo
+        ]
         try:
             for future in as_completed(running):
                 done += future.result()
                 if progress is not None:
-                    progress(done, draws.settings.num)
+                    progress(done, total)
         except BrokenProcessPool:
-            raise UserError(f"a sampling process died; run the same command again to carry on in {draws.out}") from None
-    return list(blocks)
+            out = plans[0].draws.out
+            raise UserError(f"a sampling process died; run the same command again to carry on in {out}") from None
 
 
 def _blocks(missing: np.ndarray, draws: Draws) -> list[np.ndarray]:
@@ -159,7 +215,7 @@ def _pool(draws: Draws, tasks: int) -> Iterator[ProcessPoolExecutor]:
 
 @dataclass(frozen=True)
 class _Bound:
-    bench: Bench
+    benches: Benches
     settings: Sample
 
 
@@ -171,7 +227,7 @@ def _start_worker(draws: Draws, threads: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     model = load_served_model(draws.checkpoint, best_device())
-    _bound[:] = [_Bound(build_bench(model, draws.system), draws.settings)]
+    _bound[:] = [_Bound(Benches(model, wanted_properties(draws.settings)), draws.settings)]
 
 
 def _end_with_parent() -> None:
@@ -182,9 +238,9 @@ def _end_with_parent() -> None:
         os._exit(3)
 
 
-def _draw_block(path: Path, block: np.ndarray) -> int:
-    """Draw the samples `block` [n] into `path`; the number drawn."""
-    bench, settings = _bound[0].bench, _bound[0].settings
+def _draw_block(path: Path, block: np.ndarray, system: System) -> int:
+    """Draw the samples `block` [n] of a system into `path`; the number drawn."""
+    bench, settings = _bound[0].benches.bench(system), _bound[0].settings
     begin = time.process_time()
     index = torch.as_tensor(block, device=bench.context.present.device)
     with torch.inference_mode():
@@ -197,42 +253,35 @@ def _draw_block(path: Path, block: np.ndarray) -> int:
             settings.seed,
             index,
         )
-    assert state.positions is not None
+    arrays = bench.composition.arrays(state, bench.context)
     spent = time.process_time() - begin
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as stream:
-        np.savez(stream, positions=state.positions.cpu().numpy(), index=block, cpu_seconds=spent)
+        found = {name: value.float().cpu().numpy() for name, value in arrays.items()}
+        np.savez(stream, allow_pickle=False, index=block, cpu_seconds=spent, **found)
     temporary.replace(path)
     return len(block)
 
 
-def _joined(draws: Draws, there: Ensemble | None, parts: list[Path], provenance: dict[str, Any]) -> Ensemble:
-    positions = [] if there is None else [there.positions]
+def _joined(plan: _Plan, provenance: dict[str, Any]) -> Ensemble:
+    there, draws = plan.there, plan.draws
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+    if there is not None:
+        for name in _ARRAYS:
+            arrays[name] += [] if getattr(there, name) is None else [getattr(there, name)]
     index = [] if there is None else [there.index]
     cpu_seconds = 0.0 if there is None else float(there.provenance.get("cpu_seconds", 0.0))
-    for part in parts:
+    for part in plan.blocks:
         with np.load(part, allow_pickle=False) as content:
-            positions.append(content["positions"])
+            for name in set(_ARRAYS) & set(content.files):
+                arrays[name].append(content[name])
             index.append(content["index"])
             cpu_seconds += float(content["cpu_seconds"])
     order = np.argsort(np.concatenate(index))
     return Ensemble(
         system=draws.system,
-        positions=np.concatenate(positions)[order],
+        **{name: np.concatenate(values)[order] for name, values in arrays.items() if values},
         index=np.concatenate(index)[order],
         seed=draws.settings.seed,
         provenance=provenance | {"cpu_seconds": cpu_seconds},
     )
-
-
-def _publish(ensemble: Ensemble, out: Path) -> None:
-    write_topology_pdb(ensemble.system, ensemble.system.reference_positions, out / TOPOLOGY)
-    write_ensemble_file(ensemble, out / FILE_NAME)
-    write_xtc(ensemble.system, ensemble.positions, out / TRAJECTORY)
-
-
-def write_ensemble_folder(ensemble: Ensemble, out: Path) -> Path:
-    """The folder of an ensemble that came from elsewhere (a server): topology.pdb, samples.xtc, ensemble.npz."""
-    out.mkdir(parents=True, exist_ok=True)
-    _publish(ensemble, out)
-    return out

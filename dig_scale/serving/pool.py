@@ -45,13 +45,12 @@ def advance_pool(pool: Pool | None, tick: Tick, jobs: Mapping[str, Job], bench: 
         parts.append(_drawn(tick.started, jobs, bench, solver))
     moved = advance(bench.score_fn, bench.composition, bench.context, solver, tree_cat(parts))
     done = finished(moved).cpu()
-    positions = moved.state.positions
-    assert positions is not None
     ended = tuple(label for label, over in zip(tick.walkers, done.tolist(), strict=True) if over)
     idle = None if pool is None else without(pool, set(tick.resumed))
     going = without(Pool(tick.walkers, moved), set(ended))
-    clean = positions[done.to(positions.device)].float().cpu().numpy()
-    return Advanced(_joined(idle, going), ended, clean)
+    clean = tree_select(moved.state, done.to(moved.index.device))
+    positions = bench.composition.arrays(clean, bench.context)["positions"]
+    return Advanced(_joined(idle, going), ended, positions.float().cpu().numpy())
 
 
 def without(pool: Pool, leaving: Set[Walker]) -> Pool | None:

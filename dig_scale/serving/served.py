@@ -7,10 +7,11 @@ knows no requests, no scheduler and no HTTP.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 
 from dig_scale.batch import Context, ScoreFn
 from dig_scale.config import Recipe
-from dig_scale.diffusion.composition import Composition, composition_for
+from dig_scale.diffusion.composition import Composition, composition_for, require_sites
+from dig_scale.errors import UserError
 from dig_scale.model.checkpoint import FILE_NAME, build_score_model, load_checkpoint
 from dig_scale.model.features import featurise
 from dig_scale.model.score_model import ScoreModel
+from dig_scale.sampling.guidance import classifier_free
 from dig_scale.system import System
 
 PAIRS_PER_BATCH = 8_000_000
@@ -40,11 +43,30 @@ class ServedModel:
     training_step: int
     training_cost: Mapping[str, Any]
     device: torch.device
+    frames: Mapping[str, int] = field(default_factory=dict)
+    """Training frames by name of the system; empty where the checkpoint does not say."""
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.network.parameters())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Properties that samples shall have, by name, and the weight of classifier-free guidance towards them."""
+
+    conditions: Mapping[str, float] = field(default_factory=dict)
+    guidance: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one score."""
+        return 1 if not self.conditions or self.guidance in (0, 1) else 2
+
+
+ANYTHING = Wanted()
+"""No property is asked for."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ def load_served_model(path: Path, device: torch.device) -> ServedModel:
         training_step=checkpoint.step,
         training_cost=checkpoint.training_cost,
         device=device,
+        frames={one.name: count for one, count in zip(checkpoint.systems, checkpoint.frames, strict=False)},
     )
 
 
@@ -77,11 +100,39 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_bench(model: ServedModel, system: System) -> Bench:
-    """The bench of a system; raises UserError for a kind of system that the model cannot take."""
+def build_bench(model: ServedModel, system: System, wanted: Wanted = ANYTHING) -> Bench:
+    """The bench of a system; raises UserError for a kind of system, or a property, that the model cannot take."""
     composition = composition_for(system.kind, model.recipe.diffusion)
-    context = featurise(system).to(model.device)
-    return Bench(system, system.system_id, context, composition, composition.as_score_fn(model.network))
+    context = _conditioned(featurise(system), model.recipe, wanted).to(model.device)
+    require_sites(composition, context, model.recipe.model.sites, system.name)
+    score_fn = composition.as_score_fn(model.network)
+    if wanted.conditions:
+        score_fn = classifier_free(score_fn, wanted.guidance)
+    return Bench(system, system.system_id, context, composition, score_fn)
+
+
+def require_wanted(recipe: Recipe, wanted: Wanted) -> None:
+    """Raises UserError where the model of a recipe cannot be asked for these properties."""
+    known = [condition.name for condition in recipe.model.conditions]
+    for name, value in wanted.conditions.items():
+        if name not in known:
+            listed = f"its properties are {', '.join(known)}" if known else "it was trained without properties"
+            raise UserError(f"condition {name!r}: the model of recipe {recipe.name!r} does not know it; {listed}")
+        if not math.isfinite(value):
+            raise UserError(f"condition {name!r}: {value} is not a finite number")
+    if wanted.guidance != 1 and not wanted.conditions:
+        raise UserError(f"guidance {wanted.guidance:g} towards nothing: ask for a property with --condition NAME=VALUE")
+
+
+def _conditioned(context: Context, recipe: Recipe, wanted: Wanted) -> Context:
+    """The context with the wanted properties in units of their spread; those not asked for are unknown."""
+    require_wanted(recipe, wanted)
+    conditions = recipe.model.conditions
+    if not conditions:
+        return context
+    known = torch.tensor([[one.name in wanted.conditions for one in conditions]])
+    values = [(wanted.conditions.get(one.name, one.centre) - one.centre) / one.spread for one in conditions]
+    return replace(context, condition=torch.tensor([values]), known=known)
 
 
 def rows_that_fit(n_sites: int, max_batch: int) -> int:
@@ -92,8 +143,9 @@ def rows_that_fit(n_sites: int, max_batch: int) -> int:
 class Benches:
     """Benches by system, the last BENCHES_KEPT of them; safe to use from several threads."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, wanted: Wanted = ANYTHING) -> None:
         self._model = model
+        self._wanted = wanted
         self._kept: OrderedDict[str, Bench] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -105,7 +157,7 @@ class Benches:
             if found is not None:
                 self._kept.move_to_end(key)
                 return found
-        built = build_bench(self._model, system)
+        built = build_bench(self._model, system, self._wanted)
         with self._lock:
             self._kept[key] = built
             while len(self._kept) > BENCHES_KEPT:

@@ -26,11 +26,11 @@ from dig_shards.durable import replace_durably
 
 from dig_scale.config import Recipe, Simulate, SystemSpec
 from dig_scale.errors import UserError
-from dig_scale.importers import system_from_spec
+from dig_scale.simulation.ase_start import surface_start
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.simulation.journal import replica_files
 from dig_scale.simulation.ladder import Timetable
-from dig_scale.simulation.openmm_engine import fastest_platform
+from dig_scale.simulation.openmm_start import start_from_spec
 from dig_scale.simulation.replica import ReplicaJob, ReplicaProgress, ReplicaRun, ladder_temperatures, simulated_ns
 from dig_scale.system import System
 from dig_scale.units import SECONDS_PER_DAY
@@ -119,7 +119,7 @@ def simulate(recipe: Recipe, out: Path, progress: ProgressCallback | None = None
         failures: dict[tuple[str, int], str] = {}
         restarts = 0
         if todo:
-            with _cluster(settings, len(todo)) as actors:
+            with cluster(settings.actors, len(todo)) as actors:
                 systems = _prepared(recipe, out, {spec.name: spec for spec, _ in todo})
                 jobs = [_job(recipe, out, systems[spec.name], k) for spec, k in todo]
                 driver = _Driver(jobs, actors, _Meter(recipe, len(todo), progress))
@@ -144,11 +144,6 @@ def _checked(recipe: Recipe) -> Simulate:
     for spec in recipe.systems:
         if not _FOLDER_NAME.fullmatch(spec.name):
             raise UserError(f"system name {spec.name!r}: use letters, digits, . _ and -, for it names a folder")
-        if spec.smiles is not None or (spec.file is not None and spec.file.suffix.lower() in (".sdf", ".mol")):
-            raise UserError(
-                f"system {spec.name!r} is a small molecule: no force field for it is at hand; simulate it with a program "
-                f"of your own and use `dig-scale import`, or give a peptide sequence or PDB file"
-            )
     return recipe.simulate
 
 
@@ -262,11 +257,16 @@ class _Actor:
 
 def _prepare(spec: SystemSpec, settings: Simulate, out: Path) -> None:
     """Build a system and choose its platform, once for all its replicas and for every later session."""
-    system = system_from_spec(spec, settings)
-    choice = fastest_platform(system, settings)
-    content = {"system": system.to_dict(), "platform": choice.platform, "seconds_per_step": choice.seconds_per_step}
     folder = out / spec.name
     folder.mkdir(parents=True, exist_ok=True)
+    surface = getattr(spec, "surface", None)
+    if surface is not None:
+        content = surface_start(spec.name, surface, settings)
+    else:
+        start = start_from_spec(spec, settings)
+        content = {"system": start.system.to_dict(), "platform": start.platform.platform}
+        content |= {"seconds_per_step": start.platform.seconds_per_step}
+        start.model.save(folder)
     replace_durably(folder / "system.json", (json.dumps(content) + "\n").encode())
 
 
@@ -297,12 +297,12 @@ def _job(recipe: Recipe, out: Path, prepared: _Prepared, replica: int) -> Replic
 
 
 @contextmanager
-def _cluster(settings: Simulate, jobs: int) -> Iterator[int]:
+def cluster(actors: int | None, jobs: int) -> Iterator[int]:
     """Number of actors to run at a time, on the cluster of RAY_ADDRESS, a running one, or one started for this campaign."""
     started_here = not ray.is_initialized()
-    wanted = min(jobs, settings.actors or jobs)
+    wanted = min(jobs, actors or jobs)
     if started_here:
-        _start_ray(min(wanted, settings.actors or len(os.sched_getaffinity(0))))
+        _start_ray(min(wanted, actors or len(os.sched_getaffinity(0))))
     try:
         yield max(1, min(wanted, int(ray.cluster_resources().get("CPU", 1))))
     finally:

@@ -4,7 +4,8 @@ In: LadderStates and chunks of frames. Out: stores that after any crash go on fr
 none missing, at every temperature alike. Order of a commit: the journal file, holding the new state and the chunk's
 frames, is replaced atomically; then the chunk is appended to every store. Opening first appends what a crash left out.
 
-    SYSTEM/replica0.zarr            trajectory (with exchange: replica0-T300.zarr, replica0-T350.zarr, ...)
+    SYSTEM/replica0.zarr            trajectory (with exchange: replica0-T300.zarr, replica0-T350.zarr, ...; with walkers
+                                    that are advanced together: replica0-W000.zarr, replica0-W001.zarr, ...)
     SYSTEM/replica0.journal         state and last chunk while the replica runs
     SYSTEM/replica0.json            summary, once it is complete
     SYSTEM/replica0.lock            held (flock) by the process that runs it
@@ -59,10 +60,13 @@ class ReplicaFiles:
 
 
 def replica_files(out: Path, system: str, replica: int, temperatures: Sequence[float]) -> ReplicaFiles:
-    """The files of a replica below the campaign's folder."""
+    """The files of a replica below the campaign's folder: one store per temperature, or per walker at one temperature."""
     name, folder = f"replica{replica}", out / system
     if len(temperatures) == 1:
         return ReplicaFiles(folder, name, (folder / f"{name}.zarr",))
+    if len(set(temperatures)) == 1:
+        walkers = range(len(temperatures))
+        return ReplicaFiles(folder, name, tuple(folder / f"{name}-W{walker:03d}.zarr" for walker in walkers))
     return ReplicaFiles(folder, name, tuple(folder / f"{name}-T{kelvin:g}.zarr" for kelvin in temperatures))
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from dig_scale.config import Simulate
 from dig_scale.simulation.engine import Engine, PhaseSpace, SimulationError
 from dig_scale.system import Frames
 from dig_scale.units import PS_PER_FS, thermal_energy
+
+Advance = Callable[[Sequence[Any], int], list[Frames]]
+"""Advances all engines of a replica by a number of steps; the frame [1, N, 3] that each reached."""
 
 _INTEGER_TOLERANCE = 1e-6
 _EQUILIBRATION = -1
@@ -93,21 +97,31 @@ class LadderState:
         return tuple(a / n if n else None for a, n in zip(self.accepted, self.tried, strict=True))
 
 
-def equilibrated(engines: Sequence[Engine], timetable: Timetable, noise: NoiseKey) -> LadderState:
+def in_turn(engines: Sequence[Engine], n_steps: int) -> list[Frames]:
+    """Advance one engine after the other."""
+    return [engine.advance(n_steps) for engine in engines]
+
+
+def equilibrated(
+    engines: Sequence[Engine], timetable: Timetable, noise: NoiseKey, advance: Advance = in_turn
+) -> LadderState:
     """Every temperature minimised and equilibrated on its own; steps count from here."""
-    points = []
     for rung, engine in enumerate(engines):
         start = engine.minimised(noise.seed(_MINIMISATION, rung))
         engine.restore(start, noise.seed(_EQUILIBRATION, rung))
-        if timetable.equilibration_steps:
-            engine.advance(timetable.equilibration_steps)
-        points.append(replace(engine.checkpoint(), step=0))
+    if timetable.equilibration_steps:
+        advance(engines, timetable.equilibration_steps)
+    points = tuple(replace(engine.checkpoint(), step=0) for engine in engines)
     pairs = len(engines) - 1
-    return LadderState(0, 0, tuple(points), (0,) * pairs, (0,) * pairs)
+    return LadderState(0, 0, points, (0,) * pairs, (0,) * pairs)
 
 
 def next_chunk(
-    engines: Sequence[Engine], state: LadderState, timetable: Timetable, noise: NoiseKey
+    engines: Sequence[Engine],
+    state: LadderState,
+    timetable: Timetable,
+    noise: NoiseKey,
+    advance: Advance = in_turn,
 ) -> tuple[LadderState, tuple[Frames, ...]]:
     """The state after one more chunk, and its frames at every temperature; raises SimulationError as engines do."""
     for rung, (engine, point) in enumerate(zip(engines, state.points, strict=True)):
@@ -119,7 +133,7 @@ def next_chunk(
     tried, accepted = np.array(state.tried, int), np.array(state.accepted, int)
     while step < end:
         target = _next_event(step, timetable)
-        reached = [engine.advance(target - step) for engine in engines]
+        reached = advance(engines, target - step)
         step = target
         if step % timetable.frame_steps == 0:
             for rung, frame in enumerate(reached):

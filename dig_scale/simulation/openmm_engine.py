@@ -1,10 +1,10 @@
-"""Proteins and peptides with OpenMM: Amber force field, OBC2 implicit solvent, Langevin-middle dynamics.
+"""Langevin-middle dynamics with OpenMM of any Model: peptides, molecules, pockets, prepared and solvated systems.
 
-In: a System with all atoms, config.Simulate, a temperature in K, a platform name. Out: an Engine. This is the door
-between Å, eV, ps and OpenMM's nm, kJ/mol, ps. Energies and forces are the potential's: constraint forces are not in them.
+In: a System with all atoms, config.Simulate, a temperature in K, a platform name, and the Model where it is not the one
+that openmm_systems builds from the System. Out: an Engine. This is the door between Å, eV, ps and OpenMM's nm, kJ/mol,
+ps. A PhaseSpace holds every particle; Frames hold the System's sites alone, whole even in a periodic box. Energies are
+those of all particles, forces the potential's: constraint forces are not in them.
 
-Solvent: `implicit/obc2.xml` builds a CustomGBForce, many times slower on CPUs than OpenMM's native GBSAOBCForce, which
-is the same model (Onufriev, Bashford, Case, Proteins 55 (2004) 383); the former is replaced by the latter.
 Integrator: Zhang et al., J. Phys. Chem. A 123 (2019) 6056.
 """
 
@@ -17,20 +17,28 @@ from typing import Any
 
 import numpy as np
 import openmm
-from openmm import app
 
 from dig_scale.config import Simulate
 from dig_scale.simulation.engine import PhaseSpace, SimulationError
-from dig_scale.system import Frames, System, SystemKind
+from dig_scale.simulation.openmm_systems import (
+    PLATFORM_PROPERTIES,
+    PREPARED,
+    Model,
+    build_model,
+    build_openmm_system,
+    mmff_variant,
+)
+from dig_scale.simulation.whole import Whole
+from dig_scale.system import Frames, System
 from dig_scale.units import ANGSTROM_PER_NM, EV_PER_ANGSTROM_PER_KJ_MOL_NM, EV_PER_KJ_MOL, PS_PER_FS
 
-_OFFSET_NM = 0.009
-_SOLVENT_DIELECTRIC = 78.5
-_SOLUTE_DIELECTRIC = 1.0
-_IMPLICIT_SOLVENT = {"obc2": ("implicit/obc2.xml",), "none": ()}
-_PROPERTIES = {"CPU": {"Threads": "1", "DeterministicForces": "true"}, "CUDA": {"Precision": "mixed"}}
+__all__ = ["OpenMMEngine", "PlatformChoice", "build_openmm_system", "fastest_platform"]
+
 _CANDIDATES = ("Reference", "CPU", "CUDA")
 _MEASURE_SECONDS = 0.25
+_STILL_FS = 1e-6
+_LARGEST_FOR_REFERENCE = 1000
+"""Particles; above it one step of the Reference platform takes longer than the whole measurement should."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +52,29 @@ class PlatformChoice:
 class OpenMMEngine:
     """An Engine on one OpenMM platform; raises SimulationError when the force field does not know the system."""
 
-    def __init__(self, system: System, simulate: Simulate, temperature: float, platform: str) -> None:
+    def __init__(
+        self, system: System, simulate: Simulate, temperature: float, platform: str, model: Model | None = None
+    ) -> None:
         self._name = system.name
         self._simulate = simulate
         self._temperature = temperature
         self._platform = openmm.Platform.getPlatformByName(platform)
-        self._properties = _PROPERTIES.get(platform, {})
-        self._start_nm = system.reference_positions / ANGSTROM_PER_NM
-        self._model = build_openmm_system(system, simulate)
+        self._properties = PLATFORM_PROPERTIES.get(platform, {})
+        self._force_field = _force_field(system, simulate)
+        self._model = model or build_model(system, simulate)
+        self._whole = None if self._model.box is None else Whole.of(system.bonds, system.n_sites)
         self._context: openmm.Context | None = None
         self._first_step = 0
 
     @property
     def origin(self) -> dict[str, Any]:
         """Engine, versions, platform, force-field hash, thermostat, time step: JSON-ready."""
-        return {
+        xml = openmm.XmlSerializer.serialize(self._model.openmm_system)
+        return self._force_field | {
             "engine": "OpenMM",
             "engine_version": openmm.Platform.getOpenMMVersion(),
             "platform": self._platform.getName(),
-            "force_field": list(self._simulate.force_field),
-            "implicit_solvent": self._simulate.implicit_solvent,
-            "force_field_sha256": hashlib.sha256(openmm.XmlSerializer.serialize(self._model).encode()).hexdigest(),
+            "force_field_sha256": hashlib.sha256(xml.encode()).hexdigest(),
             "thermostat": "Langevin middle",
             "friction_per_ps": self._simulate.friction_per_ps,
             "temperature_K": self._temperature,
@@ -80,13 +90,16 @@ class OpenMMEngine:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Momenta that carry kinetic energy: three per atom, less constraints and the motion of the centre of mass."""
-        return 3 * self._model.getNumParticles() - self._model.getNumConstraints() - 3
+        """Momenta that carry kinetic energy: three per particle that moves, less constraints and a centre held at rest."""
+        model = self._model.openmm_system
+        moving = sum(model.getParticleMass(i)._value > 0 for i in range(model.getNumParticles()))
+        held = any(isinstance(force, openmm.CMMotionRemover) for force in model.getForces())
+        return 3 * moving - model.getNumConstraints() - 3 * held
 
     def minimised(self, noise_seed: int) -> PhaseSpace:
         """A start: the reference geometry at a local energy minimum, with thermal velocities drawn from `noise_seed`."""
         context = self._new_context(noise_seed)
-        context.setPositions(self._start_nm)
+        context.setPositions(self._model.positions / ANGSTROM_PER_NM)
         openmm.LocalEnergyMinimizer.minimize(context)
         context.setVelocitiesToTemperature(self._temperature, noise_seed)
         return self.checkpoint()
@@ -116,11 +129,13 @@ class OpenMMEngine:
         energy = state.getPotentialEnergy()._value * EV_PER_KJ_MOL
         if not np.isfinite(energy):
             raise self._broken_down(f"the potential energy is {energy} eV")
+        positions = state.getPositions(asNumpy=True)._value[self._model.solute] * ANGSTROM_PER_NM
+        forces = state.getForces(asNumpy=True)._value[self._model.solute] * EV_PER_ANGSTROM_PER_KJ_MOL_NM
         return Frames(
-            positions=state.getPositions(asNumpy=True)._value[None] * ANGSTROM_PER_NM,
+            positions=self._made_whole(positions)[None],
             time_ps=np.array([self._steps_taken() * self._simulate.time_step_fs * PS_PER_FS]),
             energy=np.array([energy]),
-            forces=state.getForces(asNumpy=True)._value[None] * EV_PER_ANGSTROM_PER_KJ_MOL_NM,
+            forces=forces[None],
         )
 
     def checkpoint(self) -> PhaseSpace:
@@ -134,11 +149,15 @@ class OpenMMEngine:
         """Kinetic energy in eV."""
         return float(self._running().getState(getEnergy=True).getKineticEnergy()._value) * EV_PER_KJ_MOL
 
+    def _made_whole(self, positions: np.ndarray) -> np.ndarray:
+        box = self._model.box
+        return positions if self._whole is None or box is None else self._whole(positions, box)
+
     def _new_context(self, noise_seed: int) -> openmm.Context:
         time_step = self._simulate.time_step_fs * PS_PER_FS
         integrator = openmm.LangevinMiddleIntegrator(self._temperature, self._simulate.friction_per_ps, time_step)
         integrator.setRandomNumberSeed(noise_seed)
-        self._context = openmm.Context(self._model, integrator, self._platform, self._properties)
+        self._context = openmm.Context(self._model.openmm_system, integrator, self._platform, self._properties)
         self._first_step = 0
         return self._context
 
@@ -157,77 +176,16 @@ class OpenMMEngine:
         )
 
 
-def build_openmm_system(system: System, simulate: Simulate) -> openmm.System:
-    """The OpenMM System of a peptide or protein with native OBC2; raises SimulationError if it has no parameters."""
-    if system.kind is not SystemKind.PROTEIN or (system.elements == 0).any():
-        what = "coarse-grained beads" if (system.elements == 0).any() else f"a {system.kind}"
-        raise SimulationError(
-            f"system {system.name!r} is {what}: the force fields at hand describe peptides and proteins with all atoms; "
-            f"simulate it with a program of your own and use `dig-scale import`"
-        )
-    try:
-        force_field = app.ForceField(*simulate.force_field, *_IMPLICIT_SOLVENT[simulate.implicit_solvent])
-        model = force_field.createSystem(
-            openmm_topology(system),
-            nonbondedMethod=app.NoCutoff,
-            constraints=app.HBonds if simulate.constraints == "h-bonds" else None,
-            hydrogenMass=simulate.hydrogen_mass,
-            removeCMMotion=True,
-        )
-    except (ValueError, OSError) as error:
-        raise SimulationError(f"system {system.name!r}: force field {list(simulate.force_field)}: {error}") from error
-    return with_native_obc2(model)
-
-
-def openmm_topology(system: System) -> app.Topology:
-    """Topology with the atoms, residues, chains and bonds of a System in the same order."""
-    topology, atoms = app.Topology(), []
-    chain, residue = None, None
-    for i in range(system.n_sites):
-        # A new object at every change of index, so that the order of atoms is the System's whatever its indices are.
-        if i == 0 or system.chain_index[i] != system.chain_index[i - 1]:
-            chain, residue = topology.addChain(), None
-        if residue is None or system.residue_index[i] != system.residue_index[i - 1]:
-            residue = topology.addResidue(system.residue_names[i], chain)
-        element = app.Element.getByAtomicNumber(int(system.elements[i]))
-        atoms.append(topology.addAtom(system.atom_names[i], element, residue))
-    for i, j in system.bonds:
-        topology.addBond(atoms[i], atoms[j])
-    return topology
-
-
-def with_native_obc2(model: openmm.System) -> openmm.System:
-    """A copy in which each CustomGBForce of `implicit/obc2.xml` is the equal GBSAOBCForce."""
-    copy = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(model))
-    for index in reversed(range(copy.getNumForces())):
-        force = copy.getForce(index)
-        if isinstance(force, openmm.CustomGBForce):
-            native = _native_obc2(force)
-            copy.removeForce(index)
-            copy.addForce(native)
-    return copy
-
-
-def _native_obc2(force: openmm.CustomGBForce) -> openmm.GBSAOBCForce:
-    names = [force.getPerParticleParameterName(k) for k in range(force.getNumPerParticleParameters())]
-    native = openmm.GBSAOBCForce()
-    native.setSolventDielectric(_SOLVENT_DIELECTRIC)
-    native.setSoluteDielectric(_SOLUTE_DIELECTRIC)
-    native.setNonbondedMethod(openmm.GBSAOBCForce.NoCutoff)
-    for particle in range(force.getNumParticles()):
-        values = dict(zip(names, force.getParticleParameters(particle), strict=True))
-        # The XML gives the radius less the dielectric offset, and the scaled radius, not the scale.
-        native.addParticle(values["charge"], values["or"] + _OFFSET_NM, values["sr"] / values["or"])
-    return native
-
-
-def fastest_platform(system: System, simulate: Simulate) -> PlatformChoice:
+def fastest_platform(system: System, simulate: Simulate, model: Model | None = None) -> PlatformChoice:
     """The platform with the shortest step for this system here, among Reference, CPU on one thread, and CUDA."""
+    chosen = model or build_model(system, simulate)
     available = {openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())}
+    if len(chosen.positions) > _LARGEST_FOR_REFERENCE and "CPU" in available:
+        available -= {"Reference"}
     times = {}
     for name in _CANDIDATES:
         if name in available:
-            seconds = _seconds_per_step(system, simulate, name)
+            seconds = _seconds_per_step(system, simulate, name, chosen)
             if seconds is not None:
                 times[name] = seconds
     if not times:
@@ -235,11 +193,12 @@ def fastest_platform(system: System, simulate: Simulate) -> PlatformChoice:
     return PlatformChoice(min(times, key=times.__getitem__), times)
 
 
-def _seconds_per_step(system: System, simulate: Simulate, platform: str) -> float | None:
-    engine = OpenMMEngine(system, simulate, simulate.temperature, platform)
-    zero = np.zeros_like(system.reference_positions)
+def _seconds_per_step(system: System, simulate: Simulate, platform: str, model: Model) -> float | None:
+    # A step without motion costs the same, and a start that is not yet minimised cannot break it down.
+    still = simulate.model_copy(update={"time_step_fs": _STILL_FS})
+    engine = OpenMMEngine(system, still, simulate.temperature, platform, model)
     try:
-        engine.restore(PhaseSpace(system.reference_positions, zero, 0), 1)
+        engine.restore(PhaseSpace(model.positions, np.zeros_like(model.positions), 0), 1)
     except openmm.OpenMMException:
         return None  # the plug-in is installed but there is no such device
     engine.advance(1)
@@ -248,3 +207,17 @@ def _seconds_per_step(system: System, simulate: Simulate, platform: str) -> floa
         engine.advance(5)
         steps += 5
     return (time.perf_counter() - begin) / steps
+
+
+def _force_field(system: System, simulate: Simulate) -> dict[str, Any]:
+    """What the origin of frames says of the force field."""
+    prepared = system.origin.get(PREPARED)
+    if prepared is not None:
+        return {"force_field": prepared}
+    variant = mmff_variant(system, simulate)
+    solvent = getattr(simulate, "explicit_solvent", None)
+    return {
+        "force_field": [variant] if variant else list(simulate.force_field),
+        "implicit_solvent": "none" if solvent else simulate.implicit_solvent,
+        "explicit_solvent": solvent.model_dump(mode="json") if solvent else None,
+    }

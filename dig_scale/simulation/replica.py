@@ -13,9 +13,11 @@ from typing import Any
 
 from dig_scale import __version__
 from dig_scale.config import Simulate
+from dig_scale.simulation.engine import Engine
 from dig_scale.simulation.journal import Entry, ReplicaFiles, ReplicaJournal, replica_files
-from dig_scale.simulation.ladder import LadderState, NoiseKey, Timetable, equilibrated, next_chunk
+from dig_scale.simulation.ladder import Advance, LadderState, NoiseKey, Timetable, equilibrated, in_turn, next_chunk
 from dig_scale.simulation.openmm_engine import OpenMMEngine
+from dig_scale.simulation.openmm_systems import stored_or_built
 from dig_scale.system import System
 from dig_scale.units import PS_PER_NS
 
@@ -56,8 +58,10 @@ class ReplicaProgress:
 
 
 def ladder_temperatures(simulate: Simulate) -> tuple[float, ...]:
-    """K, the target first; one without replica exchange."""
-    return simulate.replica_exchange.temperatures if simulate.replica_exchange else (simulate.temperature,)
+    """K, the target first; without replica exchange, the same for every walker."""
+    if simulate.replica_exchange:
+        return simulate.replica_exchange.temperatures
+    return (simulate.temperature,) * getattr(simulate, "walkers", 1)
 
 
 def simulated_ns(simulate: Simulate, frames: int) -> float:
@@ -72,7 +76,7 @@ class ReplicaRun:
         self._job = job
         self._timetable = Timetable.of(job.simulate)
         self._noise = NoiseKey(job.recipe_seed, job.simulate.seed, job.system.name, job.replica)
-        self._engines = [OpenMMEngine(job.system, job.simulate, kelvin, job.platform) for kelvin in job.temperatures]
+        self._engines, self._together = _engines(job)
         origins = [self._origin(rung, engine) for rung, engine in enumerate(self._engines)]
         self._journal = ReplicaJournal.open(
             job.files, job.system, origins, job.simulate.frames, job.simulate.chunk_frames
@@ -83,9 +87,9 @@ class ReplicaRun:
         begin = time.process_time()
         entry = self._journal.entry
         if entry is None:
-            self._commit(equilibrated(self._engines, self._timetable, self._noise), (), 0.0, begin)
+            self._commit(equilibrated(self._engines, self._timetable, self._noise, self._together), (), 0.0, begin)
         elif not self._journal.is_complete:
-            state, chunk = next_chunk(self._engines, entry.state, self._timetable, self._noise)
+            state, chunk = next_chunk(self._engines, entry.state, self._timetable, self._noise, self._together)
             self._commit(state, chunk, entry.cpu_seconds, begin)
         if self._journal.is_complete:
             self._journal.conclude(self._summary())
@@ -103,7 +107,7 @@ class ReplicaRun:
     def _commit(self, state: LadderState, chunk: Any, spent: float, begin: float) -> None:
         self._journal.commit(Entry(state, spent + time.process_time() - begin, chunk))
 
-    def _origin(self, rung: int, engine: OpenMMEngine) -> dict[str, Any]:
+    def _origin(self, rung: int, engine: Engine) -> dict[str, Any]:
         job = self._job
         return engine.origin | {
             "program": f"dig-scale {__version__}",
@@ -129,7 +133,17 @@ class ReplicaRun:
             "simulated_ns": simulated_ns(job.simulate, entry.state.frames),
             "cpu_seconds": entry.cpu_seconds,
             "temperatures_K": list(job.temperatures),
-            "exchange_acceptance": list(entry.state.acceptance),
+            "exchange_acceptance": list(entry.state.acceptance) if job.simulate.replica_exchange else [],
             "platform": job.platform,
             "trajectories": [path.name for path in job.files.stores],
         }
+
+
+def _engines(job: ReplicaJob) -> tuple[list[Any], Advance]:
+    """Engines of a replica and how they advance: slabs by ASE, all at once; others by OpenMM, one after the other."""
+    if any(job.system.periodic):
+        from dig_scale.simulation.ase_engine import advance_together, engines_at
+
+        return engines_at(job.system, job.simulate, job.temperatures), advance_together
+    model = stored_or_built(job.files.folder, job.system, job.simulate)
+    return [OpenMMEngine(job.system, job.simulate, kelvin, job.platform, model) for kelvin in job.temperatures], in_turn

@@ -12,24 +12,25 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from dig_shards import Cursor, ShardError, ShardReader, batch_ids, load_manifest, system_batch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dig_scale.batch import Batch, Context, State
-from dig_scale.config import Recipe, Train
-from dig_scale.diffusion.composition import Composition, composition_for
+from dig_scale.batch import Batch, Context, State, collate, padded_to
+from dig_scale.config import Condition, Recipe, Train
+from dig_scale.diffusion.composition import Composition, composition_for, require_sites
 from dig_scale.errors import TrainingError
 from dig_scale.model.features import featurise
 from dig_scale.objectives.denoising import draw_times
-from dig_scale.records import POSITIONS
+from dig_scale.records import LABEL, PER_SITE, POSITIONS
 from dig_scale.system import System
 from dig_scale.training.zero import Ranks, Share, share_of
-from dig_scale.tree import tree_to
+from dig_scale.tree import tree_select, tree_to
 
 NOISE_BLOCK = 64
 """Rows that share a generator: a part of the format of a resumable run."""
@@ -71,18 +72,60 @@ class StepInput:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """One split of a dataset with the static features of its systems on the training device."""
+    """One split of a dataset with the static features of its systems on the training device.
+
+    In mixed batches all contexts are padded to the largest system, so that a row's noise does not depend on its company.
+    """
 
     reader: ShardReader
     systems: tuple[System, ...]
     contexts: tuple[Context, ...]
     compositions: tuple[Composition, ...]
+    conditions: tuple[Condition, ...]
 
-    def micro_batch(self, system: int, ids: np.ndarray, t: Tensor, noise: State) -> MicroBatch:
-        """Read frames of one system."""
-        positions = torch.from_numpy(self.reader.read_batch(ids, POSITIONS))
-        batch = Batch(State(positions=positions), self.contexts[system], (self.systems[system].name,))
-        return MicroBatch(batch, t, noise, self.compositions[system])
+    def micro_batch(self, ids: np.ndarray, t: Tensor, noise: State) -> MicroBatch:
+        """Read frames of systems of one kind."""
+        rows = self.system_of(ids)
+        composition, one = self.compositions[rows[0]], bool((rows == rows[0]).all())
+        arrays = {name: self._read(ids, rows, name) for name in composition.stored}
+        context = self.contexts[rows[0]] if one else collate([self.contexts[row] for row in rows])
+        context = self._conditioned(context, ids, rows)
+        state = composition.state(arrays, tree_to(context, "cpu"))
+        names = tuple(dict.fromkeys(self.systems[row].name for row in rows))
+        return MicroBatch(Batch(state, context, names), t, noise, composition)
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Number of frames of every system."""
+        return tuple(int(count) for count in np.diff(self.reader.offsets))
+
+    def system_of(self, ids: np.ndarray) -> np.ndarray:
+        """Numbers of the systems that frames belong to."""
+        return np.searchsorted(self.reader.offsets, ids, side="right") - 1
+
+    def _read(self, ids: np.ndarray, rows: np.ndarray, name: str) -> Tensor:
+        """One field [B, ...] of frames; per-site fields of mixed batches are padded with 0."""
+        if (rows == rows[0]).all() and self.contexts[rows[0]].n_sites == self.systems[rows[0]].n_sites:
+            return torch.from_numpy(self.reader.read_batch(ids, name)).float()
+        found: dict[int, Tensor] = {}
+        for part in self.reader.read(ids, [name]):
+            values = torch.from_numpy(part.arrays[name]).float()
+            missing = self.contexts[part.system].n_sites - self.systems[part.system].n_sites
+            if name in PER_SITE:
+                values = pad(values, (0, 0) * (values.dim() - 2) + (0, missing))
+            found |= dict(zip(part.places.tolist(), values, strict=True))
+        return torch.stack([found[place] for place in range(len(ids))])
+
+    def _conditioned(self, context: Context, ids: np.ndarray, rows: np.ndarray) -> Context:
+        """The context with the properties of these frames, where the model has conditions."""
+        if not self.conditions:
+            return context
+        device = context.present.device
+        values = [(self._read(ids, rows, LABEL + c.name) - c.centre) / c.spread for c in self.conditions]
+        condition = torch.stack(values, dim=1)
+        known = torch.isfinite(condition)
+        shown = torch.where(known, condition, 0.0).to(device)
+        return replace(context, condition=shown, known=known.to(device))
 
 
 def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) -> TrainingData | None:
@@ -95,6 +138,7 @@ def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) 
     except ShardError as error:
         raise TrainingError(str(error)) from error
     for system, entry in zip(systems, reader.systems, strict=True):
+        _require_labels(dataset, system, [spec.name for spec in entry.fields], recipe)
         stored = entry.spec(POSITIONS).shape
         if stored != (system.n_sites, 3):
             raise TrainingError(
@@ -102,18 +146,45 @@ def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) 
             )
     contexts = tuple(featurise(system).to(device) for system in systems)
     compositions = tuple(composition_for(system.kind, recipe.diffusion) for system in systems)
-    return TrainingData(reader, systems, contexts, compositions)
+    for system, context, composition in zip(systems, contexts, compositions, strict=True):
+        require_sites(composition, context, recipe.model.sites, system.name)
+    if recipe.train is not None and recipe.train.batches == "mixed":
+        _require_alike(dataset, systems, compositions)
+        contexts = padded_to(contexts, max(system.n_sites for system in systems))
+    return TrainingData(reader, systems, contexts, compositions, recipe.model.conditions)
+
+
+def _require_alike(dataset: Path, systems: tuple[System, ...], compositions: tuple[Composition, ...]) -> None:
+    processes = [{name: field.process for name, field in one.fields.items()} for one in compositions]
+    for system, found in zip(systems, processes, strict=True):
+        if found != processes[0] or system.periodic != systems[0].periodic:
+            raise TrainingError(
+                f"{dataset}: systems {systems[0].name!r} and {system.name!r} cannot share a batch, as they have other "
+                "diffusing fields or periodic directions: set train.batches = 'one-system'"
+            )
+
+
+def _require_labels(dataset: Path, system: System, stored: list[str], recipe: Recipe) -> None:
+    missing = [c.name for c in recipe.model.conditions if LABEL + c.name not in stored]
+    if missing:
+        there = ", ".join(name.removeprefix(LABEL) for name in stored if name.startswith(LABEL)) or "none"
+        raise TrainingError(
+            f"{dataset}: frames of system {system.name!r} have no label {missing[0]!r} that the model is to be "
+            f"conditioned on; labels there: {there}"
+        )
 
 
 def step_input(data: TrainingData, train: Train, ranks: Ranks, step: int, cursor: Cursor) -> StepInput:
-    """The rows of this rank in step `step` (0-based); all rows of a global batch are of one system."""
+    """The rows of this rank in step `step` (0-based); all of one system unless train.batches says otherwise."""
     share = share_of(train, ranks.world_size)
-    system, ids, next_cursor = _draw_ids(data.reader, cursor, train.global_batch, ranks)
+    ids, next_cursor = _draw_ids(data.reader, cursor, train, ranks)
     first = ranks.rank * share.rows
     times = draw_times(train.global_batch, train.time_sampling, counter_generator(train.seed, "times", step))
-    noise = noise_rows(data, system, train.seed, f"noise {step}", range(first, first + share.rows))
-    micro_batches = tuple(_micro_batches(data, system, ids, times[first : first + share.rows], noise, share))
-    return StepInput(ids, micro_batches, next_cursor)
+    hidden = torch.rand(train.global_batch, generator=counter_generator(train.seed, "hidden", step))
+    noise = noise_rows(data, ids, train.seed, f"noise {step}", range(first, first + share.rows))
+    mine = slice(first, first + share.rows)
+    rows = _Rows(ids, times[mine], hidden[mine] < train.condition_dropout, noise)
+    return StepInput(ids, tuple(_micro_batches(data, rows, share)), next_cursor)
 
 
 def validation_batches(data: TrainingData, train: Train, ranks: Ranks, rows: int) -> Iterator[ValidationBatch]:
@@ -128,8 +199,8 @@ def validation_batches(data: TrainingData, train: Train, ranks: Ranks, rows: int
         start, stop = (int(end) for end in data.reader.offsets[system : system + 2])
         ids = np.linspace(start, stop - 1, _validation_rows(data, system, rows)).astype(np.int64)[low:high]
         times = ((0.5 + _GOLDEN * torch.arange(low, high, dtype=torch.float64)) % 1.0).float()
-        noise = noise_rows(data, system, train.seed, f"validation {system}", range(low, high))
-        yield ValidationBatch(data.micro_batch(system, ids, times, noise), float(number < len(parts)))
+        noise = noise_rows(data, ids, train.seed, f"validation {system}", range(low, high))
+        yield ValidationBatch(data.micro_batch(ids, times, noise), float(number < len(parts)))
 
 
 def counter_generator(seed: int, purpose: str, counter: int) -> torch.Generator:
@@ -138,15 +209,17 @@ def counter_generator(seed: int, purpose: str, counter: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def noise_rows(data: TrainingData, system: int, seed: int, purpose: str, rows: range) -> State:
-    """Standard normal noise of the given rows of a global batch, drawn by blocks of NOISE_BLOCK rows."""
+def noise_rows(data: TrainingData, ids: np.ndarray, seed: int, purpose: str, rows: range) -> State:
+    """Standard normal noise of the given rows of a global batch, whose frames are `ids`, by blocks of NOISE_BLOCK rows."""
     blocks = range(rows.start // NOISE_BLOCK, -(-rows.stop // NOISE_BLOCK))
-    context = tree_to(data.contexts[system], "cpu")
-    like = State(positions=torch.empty(NOISE_BLOCK, context.n_sites, 3))
-    normal = data.compositions[system].standard_normal
-    drawn = [normal(like, context, counter_generator(seed, purpose, block)).positions for block in blocks]
+    systems = data.system_of(ids)
+    one = bool((systems == systems[0]).all())
+    context = tree_to(data.contexts[systems[0]] if one else collate([data.contexts[s] for s in systems]), "cpu")
+    composition = data.compositions[systems[0]]
+    shape = (NOISE_BLOCK, composition.normals(context))
+    drawn = [torch.randn(shape, generator=counter_generator(seed, purpose, block)) for block in blocks]
     offset = rows.start - blocks.start * NOISE_BLOCK
-    return State(positions=torch.cat([part for part in drawn if part is not None])[offset : offset + len(rows)])
+    return composition.noise(torch.cat(drawn)[offset : offset + len(rows)], context)
 
 
 class Prefetcher:
@@ -201,18 +274,35 @@ def _validation_parts(data: TrainingData, rows: int, size: int) -> list[tuple[in
     return [(s, low, min(low + size, n)) for s, n in enumerate(counts) for low in range(0, n, size)]
 
 
-def _draw_ids(reader: ShardReader, cursor: Cursor, size: int, ranks: Ranks) -> tuple[int, np.ndarray, Cursor]:
-    if len(reader.systems) == 1:
-        ids, next_cursor = batch_ids(cursor, reader.n_frames, size, ranks.rank, ranks.world_size)
-        return 0, ids, next_cursor
+def _draw_ids(reader: ShardReader, cursor: Cursor, train: Train, ranks: Ranks) -> tuple[np.ndarray, Cursor]:
+    size = train.global_batch
+    if len(reader.systems) == 1 or train.batches == "mixed":
+        return batch_ids(cursor, reader.n_frames, size, ranks.rank, ranks.world_size)
     drawn = system_batch(cursor, reader.offsets, size, ranks.rank, ranks.world_size)
-    return drawn.system, drawn.frame_ids, drawn.next_cursor
+    return drawn.frame_ids, drawn.next_cursor
 
 
-def _micro_batches(
-    data: TrainingData, system: int, ids: np.ndarray, t: Tensor, noise: State, share: Share
-) -> Iterator[MicroBatch]:
-    assert noise.positions is not None
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a rank in one step: frames, times, whose properties are hidden, and noise."""
+
+    ids: np.ndarray
+    t: Tensor
+    hidden: Tensor
+    noise: State
+
+
+def _micro_batches(data: TrainingData, rows: _Rows, share: Share) -> Iterator[MicroBatch]:
     for low in range(0, share.rows, share.micro_batch):
         part = slice(low, low + share.micro_batch)
-        yield data.micro_batch(system, ids[part], t[part], State(positions=noise.positions[part]))
+        noise = tree_select(rows.noise, torch.arange(low, min(low + share.micro_batch, share.rows)))
+        micro = data.micro_batch(rows.ids[part], rows.t[part], noise)
+        yield _with_hidden(micro, rows.hidden[part]) if data.conditions else micro
+
+
+def _with_hidden(micro: MicroBatch, hidden: Tensor) -> MicroBatch:
+    """The micro-batch with the properties of some rows unknown."""
+    context = micro.batch.context
+    known = context.known & ~hidden.to(context.known.device).unsqueeze(1)
+    batch = replace(micro.batch, context=replace(context, known=known))
+    return replace(micro, batch=batch)

@@ -28,7 +28,7 @@ from dig_shards.manifest import TRAIN, VALIDATION
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from dig_scale.batch import Context, Score, State
+from dig_scale.batch import Context, Geometry, Score
 from dig_scale.config import Model, Recipe, Train
 from dig_scale.errors import TrainingError, UserError
 from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
@@ -46,6 +46,7 @@ from dig_scale.training.data import (
 from dig_scale.training.ema import Fragment, averaged_copy, decay_at, load_fragments_, move_average_, save_fragments
 from dig_scale.training.launch import end_with_launcher, read_recipe
 from dig_scale.training.run_folder import Progress
+from dig_scale.tree import tree_map
 
 VALIDATION_ROWS = 2048
 _PREFIX = "network."
@@ -61,14 +62,14 @@ class Denoising(nn.Module):
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """Losses [B]."""
-        return denoising_loss(self._vectors, micro.composition, micro.batch, micro.t, micro.noise)
+        return denoising_loss(self._answer, micro.composition, micro.batch, micro.t, micro.noise)
 
-    def _vectors(self, state: State, context: Context, noise_std: Tensor) -> Score:
+    def _answer(self, seen: Geometry, context: Context, noise_std: Tensor) -> Score:
         if self.precision == "fp32":
-            return self.network(state, context, noise_std)
+            return self.network(seen, context, noise_std)
         with torch.autocast(noise_std.device.type, dtype=torch.bfloat16):
-            score: Score = self.network(state, context, noise_std)
-        return Score(positions=None if score.positions is None else score.positions.float())
+            score: Score = self.network(seen, context, noise_std)
+        return tree_map(torch.Tensor.float, score)
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ def _write_checkpoint(run: Run, done: int, cursor: Cursor, writer: metrics.Metri
             "steps": done,
         }
         cost |= {"ranks": run.ranks.world_size, "device": _device_name(run.ranks.device)}
-        model = Checkpoint(weights, averaged, run.recipe, run.data.systems, done, cost)
+        model = Checkpoint(weights, averaged, run.recipe, run.data.systems, done, cost, run.data.frames)
         save_checkpoint(run_folder.model_file(run.out), model)
         run_folder.publish_checkpoint(run.out, progress, run.train.keep_checkpoints)
     if writer is not None:

@@ -25,7 +25,7 @@ import torch
 from dig_kernels.radial_table import KnotGrid, evaluate_pieces, hermite_pieces
 
 from benchmarks.rows import Row, at_least, note, publish
-from dig_scale.batch import Batch, State
+from dig_scale.batch import Batch
 from dig_scale.config import Recipe, load_recipe
 from dig_scale.diffusion.composition import composition_for
 from dig_scale.importers.protein import system_from_sequence
@@ -110,13 +110,15 @@ def training_step(recipe: Recipe, system: System) -> Callable[[], object]:
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6)
     composition = composition_for(system.kind, recipe.diffusion)
     positions = torch.as_tensor(system.reference_positions, dtype=torch.float32)
-    batch = Batch(State((positions - positions.mean(0)).expand(BATCH, -1, -1)), context, (system.name,) * BATCH)
+    state = composition.state({"positions": positions.expand(BATCH, -1, -1)}, context)
+    batch = Batch(state, context, (system.name,) * BATCH)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
         optimiser.zero_grad()
         t = draw_times(BATCH, "antithetic", generator)
-        noise = composition.standard_normal(batch.state, context, generator)
+        normals = torch.randn(BATCH, composition.normals(context), generator=generator)
+        noise = composition.noise(normals, context)
         denoising_loss(model, composition, batch, t, noise).mean().backward()
         optimiser.step()
 

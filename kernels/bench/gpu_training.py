@@ -7,20 +7,21 @@ static features are made once. Noise and times are drawn once: what is timed is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from bench import gpu_declared as declared
 from bench.gpu_timing import Bench
 from torch import Tensor
 
-from dig_scale.batch import Batch, Context, Score, State
+from dig_scale.batch import Batch, Context, Geometry, Score, State
 from dig_scale.config import Diffusion, Model, load_recipe
 from dig_scale.diffusion.composition import Composition, composition_for
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.objectives.denoising import denoising_loss, draw_times
 from dig_scale.system import SystemKind
 from dig_scale.training.metrics import Throughput, peak_flops
+from dig_scale.tree import tree_map, tree_to
 
 BOND = 1.5
 """Å between neighbours of the chain."""
@@ -66,15 +67,15 @@ class Training:
         composition = composition_for(SystemKind.MOLECULE, Diffusion())
         parts = [part.to(device) for part in micro_batches(self, composition)]
 
-        def vectors(state: State, context: Context, noise_std: Tensor) -> Score:
+        def answer(seen: Geometry, context: Context, noise_std: Tensor) -> Score:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bench.on_gpu):
-                score: Score = network(state, context, noise_std)
-            return Score(positions=None if score.positions is None else score.positions.float())
+                score: Score = network(seen, context, noise_std)
+            return tree_map(Tensor.float, score)
 
         def step() -> None:
             optimiser.zero_grad()
             for part in parts:
-                losses = denoising_loss(vectors, composition, part.batch, part.times, part.noise)
+                losses = denoising_loss(answer, composition, part.batch, part.times, part.noise)
                 (losses.sum() / self.batch).backward()
             optimiser.step()
 
@@ -91,10 +92,7 @@ class Part:
 
     def to(self, device: torch.device) -> Part:
         """A copy on `device`."""
-        clean, noise = self.batch.state.positions, self.noise.positions
-        assert clean is not None and noise is not None
-        batch = replace(self.batch, state=State(clean.to(device)), context=self.batch.context.to(device))
-        return Part(batch, self.times.to(device), State(noise.to(device)))
+        return tree_to(self, device)
 
 
 def micro_batches(training: Training, composition: Composition) -> list[Part]:
@@ -105,7 +103,8 @@ def micro_batches(training: Training, composition: Composition) -> list[Part]:
     parts = []
     for part in times.split(-(-training.batch // training.micro_batches)):
         state = State(positions.expand(len(part), -1, -1).contiguous())
-        noise = composition.standard_normal(state, context, generator)
+        normals = torch.randn(len(part), composition.normals(context), generator=generator)
+        noise = composition.noise(normals, context)
         parts.append(Part(Batch(state, context, ("chain",) * len(part)), part, noise))
     return parts
 
@@ -116,7 +115,7 @@ def chain(sites: int) -> tuple[Context, Tensor]:
     steps = torch.randn(sites, 3, generator=generator)
     positions = (BOND * steps / steps.norm(dim=1, keepdim=True)).cumsum(0)
     positions = positions - positions.mean(0)
-    index = torch.arange(sites)
+    index, codes = torch.arange(sites), torch.zeros(1, sites, dtype=torch.long)
     lengths = (index[:, None] - index).abs()[None]
     context = Context(
         present=torch.ones(1, sites, dtype=torch.bool),
@@ -124,11 +123,19 @@ def chain(sites: int) -> tuple[Context, Tensor]:
         element=torch.tensor([1, 6, 7, 8])[torch.randint(4, (1, sites), generator=generator)],
         degree=(lengths == 1).sum(-1),
         environment=torch.randint(1, 1024, (1, sites), generator=generator),
+        role=codes,
+        place=codes,
         pair_segment=lengths.clamp(max=4),
         path_length=lengths,
         bond_order=(lengths == 1).long(),
         pair_reference=torch.cdist(positions, positions)[None],
-        extent=positions.square().mean().sqrt()[None],
+        anchor=torch.zeros(1, sites, 3),
+        extent=positions.square().mean().sqrt().expand(1, sites),
+        free=torch.ones(1, dtype=torch.bool),
+        cell=torch.zeros(1, 3, 3),
+        periodic=torch.zeros(1, 3, dtype=torch.bool),
+        condition=torch.zeros(1, 0),
+        known=torch.zeros(1, 0, dtype=torch.bool),
     )
     return context, positions[None]
 

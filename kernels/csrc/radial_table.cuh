@@ -26,7 +26,8 @@ __device__ inline float pair_scalar(const TableAttention& a, const Site& query, 
 }
 
 // places[r][c] of the warp's stripe: where u of row first_row + r and column first_column + c lies on the knots, in
-// [0, K - 1]. Beyond the sample the last site stands in. The lane of a column keeps that column's site in registers.
+// [0, K - 1], or NaN where u is. Beyond the sample the last site stands in. The lane of a column keeps that column's site
+// in registers.
 template <Rows R>
 __device__ void fill_places(const TableAttention& a, const Sample& sample, int first_row, int first_column, float* places) {
     const int last = sample.length - 1, column = min(first_column + lane_id(), last);
@@ -44,13 +45,14 @@ __device__ void fill_places(const TableAttention& a, const Sample& sample, int f
             u = R == Rows::Queries ? pair_scalar(a, other, own) : pair_scalar(a, own, other);
         }
         const float place = (u - a.start) * a.inverse_step;
-        places[r * kStripePitch + lane_id()] = fminf(fmaxf(place, 0.0f), static_cast<float>(a.n_knots - 1));
+        const float on_knots = fminf(fmaxf(place, 0.0f), static_cast<float>(a.n_knots - 1));
+        places[r * kStripePitch + lane_id()] = place == place ? on_knots : place;
     }
     __syncwarp();
 }
 
 __device__ inline float hermite(const float2* knots, int n_knots, float place) {
-    const int piece = min(static_cast<int>(place), n_knots - 2);
+    const int piece = place == place ? min(static_cast<int>(place), n_knots - 2) : 0;
     const float f = place - static_cast<float>(piece);
     const float2 left = knots[piece], right = knots[piece + 1];
     const float rise = right.x - left.x;

@@ -14,7 +14,7 @@ from torch import Tensor
 from dig_kernels.attention_call import Call, LayerTensors, Saved, Writing
 from dig_kernels.bias_source import SourceKind, pair_block, sample_biases, sample_scalar
 from dig_kernels.layout import pitch_of
-from dig_kernels.reference import MASKED, attention
+from dig_kernels.reference import MASKED, attention, locate
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -103,10 +103,8 @@ def wide_or_integer(tensor: Tensor) -> torch.dtype:
 def _lookup_gradient(table: Tensor, u: Tensor, d_bias: Tensor, start: float, step: float) -> tuple[Tensor, Tensor]:
     """Gradients of table [H, K-1, 4] and u [L, L] from d_bias [H, L, L]."""
     pieces = table.shape[1]
-    place = (u - start) / step
-    within = place.clamp(0, pieces)
-    piece = within.floor().clamp(max=pieces - 1)
-    f, index = within - piece, piece.long().flatten()
+    piece, f = locate(u, start, step, pieces)
+    place, index = (u - start) / step, piece.flatten()
     powers = torch.stack([d_bias * f**m for m in range(4)], dim=-1).flatten(1, 2)
     d_table = torch.zeros_like(table, dtype=d_bias.dtype).index_add_(1, index, powers)
     _, c1, c2, c3 = table[:, index].unflatten(1, u.shape).unbind(-1)

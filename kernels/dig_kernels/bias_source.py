@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dig_kernels.layout import Packing, blocks_from_dense, pitch_of
-from dig_kernels.pair_source import GivenScalar, PairGeometry, PairSource, check_source
+from dig_kernels.pair_source import GivenScalar, PairGeometry, PairSource, check_source, check_static
 from dig_kernels.radial_table import KnotGrid
 from dig_kernels.reference import distances, hermite, pair_scalar
 
@@ -93,6 +93,8 @@ def table_source(table: PairTable, packing: Packing, heads: int) -> Source:
             "attention from a table takes no periodic images; fold them into a dense bias (pair_bias.pair_channels)"
         )
     check_source(source, packing)
+    if table.static is not None:
+        check_static(table.static, packing, heads)
     head_first = _wide(pieces[..., :heads].permute(2, 0, 1)).contiguous()
     grid = (table.grid.start, table.grid.step)
     if isinstance(source, GivenScalar):

@@ -13,6 +13,7 @@ more is asked (create_graph=True, forward mode, functorch), are evaluated by the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Sequence
@@ -52,18 +53,30 @@ torch.library.define(
 
 
 def source_folder() -> Path:
-    """Where the CUDA sources stand: beside the package in a checkout. Raises RuntimeError where they are not."""
-    folder = Path(__file__).resolve().parents[1] / "csrc"
-    if not (folder / "binding.cpp").is_file():
-        raise RuntimeError(f"CUDA sources are not at {folder}: install dig-scale from a checkout (pip install -e .)")
-    return folder
+    """Where the CUDA sources stand: in the package once installed, beside it in a checkout. Raises RuntimeError elsewhere."""
+    return sources_of(Path(__file__).resolve().parent)
+
+
+def sources_of(package: Path) -> Path:
+    """The CUDA sources of the package at this path. Raises RuntimeError, naming the places, where they are not."""
+    places = (package / "csrc", package.parent / "csrc")
+    for folder in places:
+        if (folder / "binding.cpp").is_file():
+            return folder
+    looked = " nor ".join(str(place) for place in places)
+    raise RuntimeError(
+        f"CUDA sources are not at {looked}: install dig-scale again, or from a checkout (pip install -e .)"
+    )
 
 
 def is_available() -> bool:
     """Whether this machine can build and run the extension: a GPU of capability 8.0 or more, nvcc, and the sources."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
-    return _nvcc() is not None and (Path(__file__).resolve().parents[1] / "csrc").is_dir()
+    with contextlib.suppress(RuntimeError):
+        source_folder()
+        return _nvcc() is not None
+    return False
 
 
 def _nvcc() -> str | None:
@@ -138,7 +151,8 @@ def small_block_attention(
     """softmax(scale q k^T + bias) v within each sample of at most about 128 sites, [T, H, d], from [T, H, d] on a GPU.
 
     bias is flat [H * pairs], fp32 or bf16, and gets a gradient in its dtype. The longest sample is set by the shared
-    memory of the GPU (227 KB: 192 sites for d <= 32 in bf16, 96 for d > 32 in fp32); a longer one raises RuntimeError.
+    memory of the GPU: with 227 KB and a gradient to come, 192 sites for d <= 32 in bf16, 112 for d > 32 in fp32; without,
+    more than twice as many. A longer one raises RuntimeError, here and not in the backward pass.
     Otherwise as table_attention.
     """
     _check_sites(q, k, v, packing, key_mask)
@@ -149,8 +163,29 @@ def small_block_attention(
     if wants_reference("cuda.small_block_attention", q, k, v, bias):
         return _small_reference(*operands)
     _check_cuda(q)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (q, k, v, bias)):
+        limit = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        check_small_backward(packing.max_length, q.shape[2], q.element_size(), limit)
     load_extension()
     return _fused_small_block_attention(*operands)
+
+
+def small_backward_bytes(length: int, width: int, element_size: int) -> int:
+    """Shared memory that the backward pass of small_block_attention takes for a sample, as csrc lays it out."""
+    padded, row = -(-length // 16) * 16, 32 if width <= 32 else MAX_WIDTH
+    spread = 16 // element_size
+    arrays = [padded * (row + spread) * element_size] * 4 + [padded * (padded + spread) * element_size] * 2
+    return sum(-(-size // 128) * 128 for size in (*arrays, 4 * padded, 4 * padded))
+
+
+def check_small_backward(length: int, width: int, element_size: int, limit: int) -> None:
+    """Raises RuntimeError where a device with `limit` bytes of shared memory has no room for a sample's backward pass."""
+    needed = small_backward_bytes(length, width, element_size)
+    if needed > limit:
+        raise RuntimeError(
+            f"the gradient of a sample of {length} sites with heads of {width} takes {needed} bytes of shared memory, "
+            f"the GPU has {limit}: use shorter samples, dig_kernels.attention, or torch.no_grad() where none is wanted"
+        )
 
 
 def _fused_table_attention(*operands: object) -> Tensor:
@@ -165,8 +200,8 @@ def _table_operands(
     q: Tensor, k: Tensor, v: Tensor, table: PairTable, packing: Packing, scale: float, key_mask: Tensor | None
 ) -> tuple[object, ...]:
     source = table_source(table, packing, q.shape[1])
-    if source.static is not None:  # its exact size is on the device and not worth waiting for
-        _check_pairs("static", source.static, source.static.numel() // q.shape[1] * q.shape[1])
+    if source.static is not None:
+        _check_element("static", source.static)
     pieces, *scalar = source.tensors
     given = source.kind is SourceKind.GIVEN
     pair_scalar = (scalar[0].float(), None, None, None, None) if given else (None, *_geometry(*scalar))
@@ -343,6 +378,10 @@ def _check_sites(q: Tensor, k: Tensor, v: Tensor, packing: Packing, key_mask: Te
 def _check_pairs(name: str, tensor: Tensor, size: int) -> None:
     if tensor.shape != (size,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({size},), flat as in layout.py")
+    _check_element(name, tensor)
+
+
+def _check_element(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} is {tensor.dtype}; expected float32 or bfloat16")
 

@@ -28,6 +28,7 @@ from dig_kernels.pair_source import (
     PeriodicImages,
     Wanted,
     check_source,
+    check_static,
     kernel_operands,
     periodic_images,
     single_precision,
@@ -304,10 +305,8 @@ def _check(problem: PairProblem) -> None:
         )
     if problem.key_mask is not None and tuple(problem.key_mask.shape) != (packing.sites,):
         raise ValueError(f"key_mask has shape {tuple(problem.key_mask.shape)}, expected ({packing.sites},)")
-    if problem.static is not None and problem.static.dim() != 1:
-        raise ValueError(
-            f"static has shape {tuple(problem.static.shape)}, expected flat [{problem.biased} * static pairs]"
-        )
+    if problem.static is not None:
+        check_static(problem.static, packing, problem.biased)
     check_source(problem.source, packing)
 
 

@@ -83,13 +83,6 @@ def pair_scalar(
 
 
 @triton.jit
-def locate_or_nan(u, start, inverse_step, n_pieces):
-    """locate, except that a u that is not a number stays one instead of passing for the start of the grid."""
-    piece, f = locate(tl.where(u == u, u, start), start, inverse_step, n_pieces)
-    return piece, tl.where(u == u, f, u)
-
-
-@triton.jit
 def query_site(site, positions, types, GIVEN: tl.constexpr):
     """Position and type of one site; zeros where u is given."""
     if GIVEN:
@@ -208,7 +201,7 @@ def pair_channels_kernel(
             scalar, _, _ = pair_scalar(
                 u, pair, positions, types, gain, shift, n_types, x, y, z, kind, key, ox, oy, oz, here, GIVEN
             )
-            piece, f = locate_or_nan(scalar, start, inverse_step, n_pieces)
+            piece, f = locate(scalar, start, inverse_step, n_pieces)
             if BIAS:
                 value = channel_value(pieces, piece[:, None], f[:, None], head[None, :], table_width)
                 if IMAGES:

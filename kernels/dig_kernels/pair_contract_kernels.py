@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dig_kernels.pair_bias_kernels import image_offset, image_run, locate_or_nan, pair_scalar, query_site
-from dig_kernels.pair_tile import channel_slope, channel_value, inside, load_position
+from dig_kernels.pair_bias_kernels import image_offset, image_run, pair_scalar, query_site
+from dig_kernels.pair_tile import channel_slope, channel_value, inside, load_position, locate
 
 
 @triton.jit(do_not_specialize=["first_site", "offset", "window"])
@@ -124,7 +124,7 @@ def pair_gradient_kernel(
                             here,
                             GIVEN,
                         )
-                        piece, f = locate_or_nan(scalar, start, inverse_step, n_pieces)
+                        piece, f = locate(scalar, start, inverse_step, n_pieces)
                         value = channel_value(pieces, piece[:, None], f[:, None], head[None, :], table_width)
                         value = tl.where((copy < count)[:, None], value, -float("inf"))
                         higher = tl.maximum(top, value)
@@ -152,7 +152,7 @@ def pair_gradient_kernel(
                     here,
                     GIVEN,
                 )
-                piece, f = locate_or_nan(scalar, start, inverse_step, n_pieces)
+                piece, f = locate(scalar, start, inverse_step, n_pieces)
                 slot = slot_key + copy
                 stored = present & (slot >= 0) & (slot < window)
                 slope = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)

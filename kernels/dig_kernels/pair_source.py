@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dig_kernels.layout import Packing
+from dig_kernels.layout import PITCH, Packing, pitch_of
 from dig_kernels.radial_table import KnotGrid
 
 
@@ -68,6 +68,21 @@ def periodic_images(starts: Tensor, offsets: Tensor, packing: Packing) -> Period
         raise ValueError(f"site {int(starts.diff().argmin())} has no copy; list the site itself with offset 0")
     bounds = packing.cu_seqlens.long()
     return PeriodicImages(starts.to(torch.int32), offsets, int((bounds.diff() * starts.long()[bounds].diff()).sum()))
+
+
+def check_static(static: Tensor, packing: Packing, channels: int) -> None:
+    """Raises ValueError where a static tensor over systems cannot be [channels * static pairs] of this packing.
+
+    Its exact size is on the device and not worth waiting for. It holds the longest sample's system, and no more than a
+    block for each sample, in whole rows of all channels.
+    """
+    least, most = channels * packing.max_length * pitch_of(packing.max_length), channels * packing.pairs
+    whole = static.dim() == 1 and (static.numel() % (PITCH * channels) == 0 if channels else not static.numel())
+    if not whole or not least <= static.numel() <= most:
+        raise ValueError(
+            f"static has shape {tuple(static.shape)}; expected flat [{channels} * static pairs], from {least} to {most}"
+            f" elements, a multiple of {PITCH * channels}"
+        )
 
 
 def check_source(source: PairSource, packing: Packing) -> None:

@@ -21,17 +21,20 @@ def load_position(positions, site, here):
 
 @triton.jit
 def locate(u, start, inverse_step, n_pieces):
-    """Piece index (int32) and fraction in [0, 1] of u; beyond the ends the end values hold."""
-    place = tl.minimum(tl.maximum((u - start) * inverse_step, 0.0), n_pieces * 1.0)
+    """Piece index (int32) and fraction in [0, 1] of u; beyond the ends the end values hold, a u that is NaN keeps NaN.
+
+    The comparisons of a GPU drop NaN and would make it the start of the grid; here its fraction, so every value, is NaN.
+    """
+    place = tl.minimum(tl.maximum((tl.where(u == u, u, start) - start) * inverse_step, 0.0), n_pieces * 1.0)
     piece = tl.minimum(place.to(tl.int32), n_pieces - 1)
-    return piece, place - piece.to(place.dtype)
+    return piece, tl.where(u == u, place - piece.to(place.dtype), u)
 
 
 @triton.jit
 def inside(u, start, inverse_step, n_pieces):
-    """Where u lies on the grid: outside it the derivative is 0."""
+    """Where u lies on the grid, or is NaN: outside it the derivative is 0."""
     place = (u - start) * inverse_step
-    return (place >= 0) & (place <= n_pieces)
+    return ((place >= 0) & (place <= n_pieces)) | (u != u)
 
 
 @triton.jit

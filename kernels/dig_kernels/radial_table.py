@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dig_kernels.reference import locate
+
 
 @dataclass(frozen=True)
 class KnotGrid:
@@ -105,9 +107,7 @@ def evaluate_pieces(pieces: Tensor, u: Tensor, grid: KnotGrid) -> Tensor:
 
 
 def _locate(u: Tensor, grid: KnotGrid) -> tuple[Tensor, Tensor]:
-    place = ((u - grid.start) / grid.step).clamp(0, grid.knots - 1)
-    piece = place.detach().floor().clamp(max=grid.knots - 2)
-    return piece.long(), place - piece
+    return locate(u, grid.start, grid.step, grid.knots - 1)
 
 
 def _evaluate(pieces: Tensor, piece: Tensor, fraction: Tensor) -> Tensor:

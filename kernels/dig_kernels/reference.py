@@ -59,8 +59,8 @@ def packed_attention(
 def distances(queries: Tensor, keys: Tensor) -> Tensor:
     """|x_i - x_j| [L, P] with gradient 0 where two sites coincide, from [L, 3] and [P, 3]."""
     squared = ((queries.unsqueeze(-2) - keys.unsqueeze(-3)) ** 2).sum(-1)
-    apart = squared > 0
-    return torch.where(apart, torch.sqrt(torch.where(apart, squared, 1.0)), 0.0)
+    together = squared == 0
+    return torch.where(together, 0.0, torch.sqrt(torch.where(together, 1.0, squared)))
 
 
 def pair_scalar(distance: Tensor, types_i: Tensor, types_j: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
@@ -69,12 +69,18 @@ def pair_scalar(distance: Tensor, types_i: Tensor, types_j: Tensor, gain: Tensor
     return gain[pair] * distance + shift[pair]
 
 
+def locate(u: Tensor, start: float, step: float, n_pieces: int) -> tuple[Tensor, Tensor]:
+    """Piece (int64) and fraction in [0, 1] of u on uniform knots; beyond the ends the end values hold, NaN stays one."""
+    place = ((u - start) / step).clamp(0, n_pieces)
+    piece = place.detach().nan_to_num(0.0).floor().clamp(max=n_pieces - 1)
+    return piece.long(), place - piece
+
+
 def hermite(pieces: Tensor, u: Tensor, start: float, step: float) -> Tensor:
     """C channels [..., C] at u [...] from cubic pieces [K-1, 4, C] on uniform knots; beyond the ends the end values hold."""
-    place = ((u - start) / step).clamp(0, len(pieces))
-    piece = place.detach().floor().clamp(max=len(pieces) - 1)
-    f = (place - piece).unsqueeze(-1)
-    c0, c1, c2, c3 = pieces[piece.long()].unbind(-2)
+    piece, fraction = locate(u, start, step, len(pieces))
+    f = fraction.unsqueeze(-1)
+    c0, c1, c2, c3 = pieces[piece].unbind(-2)
     return c0 + f * (c1 + f * (c2 + f * c3))
 
 

@@ -53,9 +53,9 @@ def bias_blocks(bias: Tensor | None, packing: Packing, images: ImageKeys | None,
 def unit_vectors(displacement: Tensor) -> Tensor:
     """displacement [..., 3] over its length + UNIT_EPSILON; 0 with gradient 0 where it is 0."""
     squared = (displacement**2).sum(-1, keepdim=True)
-    apart = squared > 0
-    length = torch.sqrt(torch.where(apart, squared, 1.0))
-    return torch.where(apart, displacement / (length + UNIT_EPSILON), 0.0)
+    together = squared == 0
+    length = torch.sqrt(torch.where(together, 1.0, squared))
+    return torch.where(together, 0.0, displacement / (length + UNIT_EPSILON))
 
 
 def vector_head(

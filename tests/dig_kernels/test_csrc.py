@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from ctypes import CDLL
+from ctypes import CDLL, c_size_t
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.dig_kernels.csrc_host import Host, build
 
-CSRC = Path(cuda_extension.__file__).parents[1] / "csrc"
+CSRC = cuda_extension.source_folder()
 GRID = KnotGrid(0.0, 6.0, 24)
 SEEDS = (0, 1)
 
@@ -198,6 +199,18 @@ def test_a_bias_of_a_thousand_is_no_trouble(operators: Host, kind: str) -> None:
     assert furthest(found, expected) <= 1e-3  # 1e3 has a spacing of 6e-5 in fp32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", ["given", "geometry"])
+def test_a_coordinate_that_is_not_a_number_shows(operators: Host, source: str, dtype: torch.dtype) -> None:
+    case = cast(problem((18, 5)), dtype)
+    case = replace(case, key_mask=torch.ones_like(case.key_mask))
+    case.geometry.positions[1, 0] = torch.nan
+    case.u[: 18 * 24].view(18, 24)[:, 1] = torch.nan
+    out, d_qkv, _ = evaluate(run_table(source), case, static_of(case))
+    assert out[:18].isnan().all() and d_qkv[:18].isnan().all()
+    assert out[18:].isfinite().all() and d_qkv[18:].isfinite().all()
+
+
 @pytest.mark.parametrize(("lengths", "width"), [((33, 5), 24), ((18,), 64)])
 @pytest.mark.parametrize("kind", RUNS)
 def test_bf16_kernels_err_no_more_than_twice_eager_bf16(
@@ -300,8 +313,18 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         cuda_extension.table_attention(q, k, v, pair_table(case, "given", static_of(case)), case.packing)
     with pytest.raises(ValueError, match=r"v is torch.float64 .* q is torch.float32"):
         cuda_extension.small_block_attention(q, k, v.double(), None, case.packing)
+    for wrong in (case.bias[:7], case.bias[: 3 * 5 * 8 - 24], torch.cat([case.bias, case.bias[:24]])):
+        with pytest.raises(ValueError, match=rf"static has shape \({len(wrong)},\); .* from 120 to 192 elements"):
+            cuda_extension.table_attention(q, k, v, pair_table(case, "given", wrong), case.packing)
     with pytest.raises(ValueError, match=r"bias has shape \(7,\); expected"):
         cuda_extension.small_block_attention(q, k, v, case.bias[:7], case.packing)
+
+
+def test_the_room_a_backward_takes_is_what_the_sources_take(library: CDLL) -> None:
+    library.dig_small_backward_bytes.restype = c_size_t
+    for length, width, dtype in product((1, 16, 17, 96, 193), (8, 32, 33, 64), (torch.float32, torch.bfloat16)):
+        taken = library.dig_small_backward_bytes(length, width, int(dtype == torch.bfloat16))
+        assert cuda_extension.small_backward_bytes(length, width, dtype.itemsize) == taken
 
 
 def test_forward_mode_runs_the_reference(operators: Host) -> None:
@@ -315,13 +338,6 @@ def test_forward_mode_runs_the_reference(operators: Host) -> None:
     expected = torch.func.jvp(lambda qkv: oracle_small(case, qkv, bias), (case.qkv,), (torch.ones_like(case.qkv),))
     for a, b in zip(found, expected, strict=True):
         assert furthest(a, b.double()) <= 1e-5
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_machine_without_a_gpu_is_told_so() -> None:
-    assert not cuda_extension.is_available()
-    with pytest.raises(RuntimeError, match="need a GPU"):
-        cuda_extension.load_extension()
 
 
 MUTATIONS = {
@@ -400,6 +416,16 @@ def test_on_a_gpu_the_kernels_agree_with_the_oracle(kind: str, dtype: torch.dtyp
     limit = 1e-4 if dtype == torch.float32 else 3e-2
     for a, b, c in zip(found, again, expected, strict=True):
         assert torch.equal(a, b) and furthest(a.cpu(), c) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda_extension.is_available(), reason="needs a GPU of capability 8.0 and nvcc")
+def test_on_a_gpu_a_long_sample_runs_without_its_gradient_and_is_refused_with_it() -> None:
+    case = on_gpu(cast(problem((200,)), torch.float32))
+    q, k, v = case.qkv.unbind(1)
+    assert cuda_extension.small_block_attention(q, k, v, case.bias, case.packing).isfinite().all()
+    with pytest.raises(RuntimeError, match="200 sites"):
+        cuda_extension.small_block_attention(q.requires_grad_(), k, v, case.bias, case.packing)
 
 
 def on_gpu(case: Case) -> Case:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dig_scale.batch import Context, State, collate
+from dig_scale.batch import Context, Geometry, collate
 from dig_scale.config import Diffusion, Model, bundled_recipes, load_recipe
 from dig_scale.diffusion.composition import composition_for
 from dig_scale.model.features import featurise
 from dig_scale.model.pair_bias import U_STOP, RadialChannels
 from dig_scale.model.score_model import ScoreModel, count_parameters
 from dig_scale.system import System, SystemKind
+from dig_scale.tree import tree_map
 from tests.molecules import alanine_dipeptide_heavy, five_beads
 
 SMALL = Model(layers=2, width=32, heads=4, feed_forward=64, radial_kernels=48, vector_channels=8)
@@ -46,7 +49,7 @@ def random_rotation(seed: int) -> Tensor:
 
 def output(model: ScoreModel, positions: Tensor, context: Context, noise: float) -> Tensor:
     with torch.no_grad():
-        return model(State(positions), context, torch.full((len(positions),), noise)).positions
+        return model(Geometry(positions), context, torch.full((len(positions),), noise)).positions
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -105,8 +108,8 @@ def test_the_table_gives_the_gradients_of_the_direct_form() -> None:
     for knots in (2048, 0):
         model = lively_model(SMALL.model_copy(update={"radial_knots": knots})).double()
         context = featurise(system)
-        context = Context(**{**context.__dict__, "pair_reference": context.pair_reference.double()})
-        out = model(State(noised(system, 4).double()), context, torch.full((4,), 0.2).double()).positions
+        context = tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, context)
+        out = model(Geometry(noised(system, 4).double()), context, torch.full((4,), 0.2).double()).positions
         (out**2).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-4 * torch.linalg.norm(gradients[1])
@@ -138,22 +141,22 @@ def test_radial_slopes_are_the_derivatives() -> None:
 def test_score_of_a_free_molecule_leaves_the_centre_of_mass_alone() -> None:
     system = SYSTEMS["alanine"]
     composition, context = composition_for(SystemKind.MOLECULE, Diffusion()), featurise(system)
-    x = noised(system, 4)
-    state = composition.centred(State(x), context)
+    state = composition.state({"positions": noised(system, 4)}, context)
     score = composition.as_score_fn(lively_model())(state, context, torch.full((4,), 0.4)).positions
     assert score.mean(1).abs().max() < 1e-4 * score.abs().max()
 
 
 def test_fixed_sites_get_no_score_and_mobile_ones_do() -> None:
-    system = SYSTEMS["alanine"]
-    context = featurise(system)
-    mobile = context.mobile.clone()
-    mobile[0, :4] = False
-    context = Context(**{**context.__dict__, "mobile": mobile})
-    composition = composition_for(SystemKind.MOLECULE, Diffusion())
-    noise = composition.standard_normal(State(noised(system, 2)), context, torch.Generator().manual_seed(0))
+    system = replace(SYSTEMS["alanine"], mobile=np.arange(10) >= 4)
+    composition, context = composition_for(SystemKind.MOLECULE, Diffusion()), featurise(system)
+    noise = composition.noise(torch.randn(2, composition.normals(context)), context)
     assert (noise.positions[:, :4] == 0).all()
     assert noise.positions[:, 4:].abs().min() > 0
+    model = lively_model(SMALL.model_copy(update={"sites": "anchored"}))
+    state, t = composition.state({"positions": noised(SYSTEMS["alanine"], 2)}, context), torch.full((2,), 0.4)
+    score = composition.as_score_fn(model)(composition.perturb(state, t, noise), context, t)
+    assert (score.positions[:, :4] == 0).all()
+    assert score.positions[:, 4:].abs().min() > 0
 
 
 def test_large_recipe_has_a_billion_parameters_and_paper_recipe_the_papers_width() -> None:

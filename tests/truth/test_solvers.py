@@ -10,9 +10,9 @@ import torch
 from dig_scale.batch import Context, Score, State
 from dig_scale.config import Diffusion
 from dig_scale.diffusion.composition import Composition, composition_for
-from dig_scale.diffusion.schedule import alpha_sigma
+from dig_scale.diffusion.schedule import Schedule, alpha_sigma
 from dig_scale.sampling.integrate import sample
-from dig_scale.sampling.solvers import SOLVERS, Solver
+from dig_scale.sampling.solvers import SOLVERS, Solver, Step
 from dig_scale.system import SystemKind
 from dig_scale.toys import GaussianMixture
 
@@ -25,18 +25,28 @@ MEAN, STD = 0.7, 0.6
 
 
 def anchored_context(n_sites: int) -> Context:
-    """Sites that may move freely beside one that may not, so that translations count."""
+    """Sites about an anchor at the origin, so that translations count."""
     long = torch.zeros(1, n_sites, dtype=torch.long)
     pair = torch.zeros(1, n_sites, n_sites, dtype=torch.long)
-    present = torch.ones(1, n_sites, dtype=torch.bool)
-    mobile = present.clone()
-    mobile[0, -1] = False
-    return Context(present, mobile, long, long, long, pair, pair, pair, pair.float(), torch.ones(1))
+    there = torch.ones(1, n_sites, dtype=torch.bool)
+    anchors = {"anchor": torch.zeros(1, n_sites, 3), "extent": torch.ones(1, n_sites), "free": torch.zeros(1).bool()}
+    return Context(
+        *(there, there, long, long, long, long, long, pair, pair, pair, pair.float()),
+        **anchors,
+        cell=torch.zeros(1, 3, 3),
+        periodic=torch.zeros(1, 3).bool(),
+        condition=torch.zeros(1, 0),
+        known=torch.zeros(1, 0).bool(),
+    )
+
+
+def schedule_of(composition: Composition) -> Schedule:
+    return composition.fields["positions"].process.schedule
 
 
 def exact_score_fn(target: GaussianMixture, composition: Composition):
     def score_fn(state: State, context: Context, t: torch.Tensor) -> Score:
-        alpha, sigma = alpha_sigma(composition.positions.schedule.noise_std(t))
+        alpha, sigma = alpha_sigma(schedule_of(composition).noise_std(t))
         flat = state.positions.flatten(1)
         return Score(positions=target.noised_score(flat, alpha.to(flat), sigma.to(flat)).view_as(state.positions))
 
@@ -58,14 +68,15 @@ def linear_response(solver: Solver, schedule: Diffusion, steps: int, t_end: floa
     memory = solver.init(state)
     for k in range(steps):
         t, t_next = (times[j].expand(steps + 2) for j in (k, k + 1))
-        state, memory = solver.step(score_fn, composition, state, context, t, t_next, memory, draw(k + 1))
+        step = Step(state, context, t, t_next, draw(k + 1))
+        state, memory = solver.step(score_fn, composition, step, memory)
     x = state.positions[:, 0, 0]
     return float(x[0]), float(((x[1:] - x[0]) ** 2).sum())
 
 
 def exact_moments(schedule: Diffusion, t_end: float, follows_ode: bool) -> tuple[float, float]:
     """Mean and variance at t_end of the exact reverse process from a standard-normal prior at t = 1."""
-    noise_std = composition_for(SystemKind.MOLECULE, schedule).positions.schedule.noise_std
+    noise_std = schedule_of(composition_for(SystemKind.MOLECULE, schedule)).noise_std
     (a1, s1), (a0, s0) = (alpha_sigma(noise_std(torch.tensor(t, dtype=torch.float64))) for t in (1.0, t_end))
     start_variance, end_variance = a1**2 * STD**2 + s1**2, a0**2 * STD**2 + s0**2
     if follows_ode:  # y - mean scales with the spread of the marginal
@@ -116,18 +127,9 @@ def test_every_solver_finds_both_modes_with_their_weights(name: str, schedule: s
     means = torch.tensor([[2.0, 0, 0, 0, 0, 0], [-1.0, 1, 0, 0, 0, 0]])
     target = GaussianMixture(means, torch.tensor([0.3, 0.3]), torch.tensor([0.1, 0.9]))
     context = anchored_context(2)
-    context = Context(**{**context.__dict__, "mobile": context.present, "present": context.present})
-    free = Composition({"positions": composition.positions})
-    score_fn = exact_score_fn(target, free)
-    # translations are part of this target, so noise is drawn without the centre-of-mass constraint
-    unconstrained = _WithTranslations({"positions": composition.positions})
-    state = sample(score_fn, unconstrained, context, SOLVERS[name], 100, seed=3, index=torch.arange(4000))
+    score_fn = exact_score_fn(target, composition)
+    state = sample(score_fn, composition, context, SOLVERS[name], 100, seed=3, index=torch.arange(4000))
     x = state.positions.flatten(1)
     share = (x[:, 0] > 0.5).float().mean()
     assert abs(float(share) - 0.1) < 0.025
     assert float(x[:, 2:].std()) == pytest.approx(0.3, abs=0.03)
-
-
-class _WithTranslations(Composition):
-    def constrained(self, noise: State, context: Context) -> State:
-        return noise

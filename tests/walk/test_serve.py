@@ -20,11 +20,11 @@ import pytest
 
 from dig_scale.config import Serve
 from dig_scale.ensemble import Ensemble
-from dig_scale.serving.client import request_ensemble
+from dig_scale.serving.client import Patience, request_ensemble
 from dig_scale.serving.schema import SamplesRequest
 from tests.dig_scale.serving.fixtures import BUTANE, ETHER, Offline, ServerProcess, save_tiny_checkpoint, unused_port
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,12 @@ def _resumed(server: ServerProcess, strike: Callable[[], None]) -> Ensemble:
     some = threading.Event()
     request = SamplesRequest(system="ether", num=400, seed=6, first_index=77, steps=20, chunk=16)
     with ThreadPoolExecutor(1) as client:
-        pending = client.submit(
-            request_ensemble, server.url, request, None, lambda have, _: some.set() if have >= 50 else None
-        )
+        watch = lambda have, _: some.set() if have >= 50 else None  # noqa: E731
+        pending = client.submit(request_ensemble, server.url, request, None, watch, Patience(silence=390.0))
         assert some.wait(60)
         assert not pending.done()
         strike()
-        return pending.result(timeout=200)
+        return pending.result(timeout=400)
 
 
 def _assert_whole(ensemble: Ensemble, offline: Offline) -> None:
@@ -133,7 +132,20 @@ def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(PortTakenError, match=rf"127.0.0.1:{port}.*serve.port"):
-            deploy(save_tiny_checkpoint(tmp_path), Serve(port=port))
+            deploy(save_tiny_checkpoint(tmp_path), Serve(port=port), patience_s=0.1)
+
+
+def test_a_port_that_becomes_free_is_waited_for() -> None:
+    from dig_scale.serving.app import _awaited_port
+
+    predecessor = socket.create_server(("127.0.0.1", unused_port()))
+    port = predecessor.getsockname()[1]
+    with ThreadPoolExecutor(1) as waiting:
+        found = waiting.submit(_awaited_port, "127.0.0.1", port, 30.0)
+        time.sleep(0.3)
+        assert not found.done()
+        predecessor.close()
+        assert found.result(timeout=30) == port
 
 
 def test_sigterm_ends_the_server_cleanly(server: ServerProcess) -> None:

@@ -44,6 +44,10 @@ template <typename T, int D> struct Host {
     }
 };
 
+template <typename T> size_t backward_bytes(int length, int width) {
+    return width <= 32 ? small_backward_bytes<T, 32>(length) : small_backward_bytes<T, 64>(length);
+}
+
 template <typename Arguments> int run(const Arguments& a, int backward, unsigned seed) {
     const Packed& packed = a.base.packed;
     if (packed.batch == 0 || packed.max_length == 0) return cuda_on_host::kDone;
@@ -60,6 +64,10 @@ template <typename Arguments> int run(const Arguments& a, int backward, unsigned
 }  // namespace
 
 extern "C" int dig_table_attention(const TableAttention* a, int backward, unsigned seed) { return run(*a, backward, seed); }
+
+extern "C" size_t dig_small_backward_bytes(int length, int width, int dtype) {
+    return dtype == kBFloat16 ? backward_bytes<bf16>(length, width) : backward_bytes<float>(length, width);
+}
 
 extern "C" int dig_small_block_attention(const SmallBlockAttention* a, int backward, unsigned seed) {
     return run(*a, backward, seed);

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dig_scale.batch import Context, State, collate
+from dig_scale.batch import Context, Geometry, collate
 from dig_scale.config import Model
 from dig_scale.errors import UserError
 from dig_scale.importers.protein import system_from_sequence
@@ -58,7 +60,7 @@ def batch_of(sizes: tuple[str, ...], dtype: torch.dtype = torch.float64) -> tupl
 
 def value_and_gradients(model: ScoreModel, positions: Tensor, context: Context) -> dict[str, Tensor]:
     positions = positions.clone().requires_grad_()
-    out = model(State(positions), context, torch.full((len(positions),), 0.2, dtype=positions.dtype)).positions
+    out = model(Geometry(positions), context, torch.full((len(positions),), 0.2, dtype=positions.dtype)).positions
     assert out is not None
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(out.square().sum(), [positions, *parameters.values()], allow_unused=True)
@@ -74,6 +76,29 @@ def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> t
         for name, w in wanted.items()
     ]
     return max(errors)
+
+
+def test_a_compiled_model_is_the_fast_form_with_its_values_and_gradients() -> None:
+    from torch._dynamo.backends.debugging import aot_eager  # imports Triton
+
+    x, context = batch_of(("large",))
+    wanted = value_and_gradients(model_with("auto"), x, context)
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        called.extend(
+            str(node.target).removesuffix(".default") for node in graph.graph.nodes if node.op == "call_function"
+        )
+        return aot_eager(graph, inputs)
+
+    compiled = model_with("auto")
+    compiled.compile(backend=backend)
+    torch.compiler.reset()
+    found = value_and_gradients(compiled, x, context)
+    assert called.count("dig_kernels.dense_attention") == SMALL.layers
+    assert called.count("dig_kernels.pair_sum") == SMALL.layers + 1
+    error, name = largest_difference(found, wanted)
+    assert error < 1e-9, name
 
 
 @pytest.mark.parametrize("sizes", [("small", "small"), ("large", "large"), ("large", "small")])
@@ -93,11 +118,42 @@ def test_the_fused_kernels_have_the_values_and_gradients_of_the_reference(sizes:
     assert error < 1e-3, name
 
 
+class OperandDtypes(TorchDispatchMode):
+    """Notes the dtypes of q, k, v and the bias of every call of the packed attention operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[set[torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.dig_kernels.attention.default:
+            self.seen.append({tensor.dtype for tensor in (*args[:3], args[3][0])})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("products_of_bf16")
+def test_under_autocast_fused_attention_gets_bf16_and_distances_stay_fp32() -> None:
+    from dig_scale.model.fused_operators import FusedOperators
+
+    x, context = batch_of(("beads", "beads"), torch.float32)
+    model = model_with("triton", torch.float32)
+    wanted = value_and_gradients(model_with("reference", torch.float32), x, context)
+    with torch.autocast("cpu", dtype=torch.bfloat16), OperandDtypes() as operands:
+        found = value_and_gradients(model, x, context)
+    assert operands.seen == SMALL.layers * [{torch.bfloat16}]
+    with torch.autocast("cpu", enabled=False):
+        operators, node = model.geometry(Geometry(x), context, torch.full((2,), 0.2), torch.bfloat16)
+    assert isinstance(operators, FusedOperators)
+    assert (operators.bias.dtype, operators.filters.dtype, node.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    for name in ("out", "positions"):
+        assert torch.allclose(found[name].float(), wanted[name], atol=5e-2 * float(wanted[name].abs().max())), name
+
+
 def test_fused_kernels_without_a_table_are_refused_with_the_way_out() -> None:
     x, context = batch_of(("small",), torch.float32)
     model = ScoreModel(SMALL.model_copy(update={"kernels": "triton", "radial_knots": 0}))
     with pytest.raises(UserError, match=r"model\.radial_knots"):
-        model(State(x), context, torch.full((1,), 0.5))
+        model(Geometry(x), context, torch.full((1,), 0.5))
 
 
 def test_a_checkpoint_of_one_runs_with_the_other() -> None:
@@ -107,7 +163,7 @@ def test_a_checkpoint_of_one_runs_with_the_other() -> None:
     x, context = batch_of(("large", "large"), torch.float32)
     level = torch.full((2,), 0.5)
     with torch.no_grad():
-        a, b = (m.eval()(State(x), context, level).positions for m in (trained, other))
+        a, b = (m.eval()(Geometry(x), context, level).positions for m in (trained, other))
     assert a is not None and b is not None
     assert torch.allclose(a, b, atol=1e-4 * float(a.abs().max()))
 
@@ -129,7 +185,7 @@ def test_forward_mode_derivatives_fall_back_to_the_reference(caplog: pytest.LogC
     tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
 
     def score(positions: Tensor) -> Tensor:
-        out = model(State(positions), context, level).positions
+        out = model(Geometry(positions), context, level).positions
         assert out is not None
         return out
 
@@ -145,7 +201,7 @@ def test_second_derivatives_agree_with_those_of_the_reference() -> None:
 
     def curvature(kernels: str) -> Tensor:
         positions = x.clone().requires_grad_()
-        out = model_with(kernels)(State(positions), context, torch.full((1,), 0.2, dtype=x.dtype)).positions
+        out = model_with(kernels)(Geometry(positions), context, torch.full((1,), 0.2, dtype=x.dtype)).positions
         assert out is not None
         (first,) = torch.autograd.grad(out.square().sum(), positions, create_graph=True)
         return torch.autograd.grad(first.square().sum(), positions)[0]

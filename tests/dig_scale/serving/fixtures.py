@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,7 +29,7 @@ from dig_scale.system import System, SystemKind
 
 MAX_SAMPLES = 50_000
 MAX_REQUESTS = 4
-_START_SECONDS = 180
+_START_SECONDS = 300
 
 
 def chain_molecule(name: str, elements: tuple[int, ...]) -> System:
@@ -105,7 +107,7 @@ class Offline:
                 seed,
                 torch.as_tensor(index),
             )
-        return state.positions.numpy()
+        return bench.composition.arrays(state, bench.context)["positions"].numpy()
 
 
 @dataclass
@@ -152,10 +154,11 @@ class ServerProcess:
 
 
 def unused_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, outside the range from which sockets without a wish (Ray's, clients') get theirs."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randint(20_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 def _environment() -> dict[str, str]:

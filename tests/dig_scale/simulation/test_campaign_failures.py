@@ -22,13 +22,6 @@ def _with_systems(recipe: Recipe, *systems: SystemSpec) -> Recipe:
     return recipe.model_copy(update={"systems": systems})
 
 
-def test_small_molecule_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    for spec in (SystemSpec(name="ethanol", smiles="CCO"), SystemSpec(name="lig", file=Path("ligand.sdf"))):
-        with pytest.raises(UserError, match=r"no force field.*dig-scale import"):
-            simulate(_with_systems(small_recipe(), spec), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_recipe_without_simulation_or_with_a_path_as_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="simulate"):
         simulate(Recipe(name="empty"), tmp_path)

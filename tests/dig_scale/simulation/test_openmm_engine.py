@@ -13,13 +13,8 @@ from openmm import app
 from dig_scale.config import Simulate, SystemSpec
 from dig_scale.importers import system_from_spec
 from dig_scale.simulation.engine import PhaseSpace, SimulationError
-from dig_scale.simulation.openmm_engine import (
-    OpenMMEngine,
-    build_openmm_system,
-    fastest_platform,
-    openmm_topology,
-    with_native_obc2,
-)
+from dig_scale.simulation.openmm_engine import OpenMMEngine, fastest_platform
+from dig_scale.simulation.openmm_systems import build_openmm_system, openmm_topology, with_native_obc2
 from dig_scale.system import System, SystemKind
 from dig_scale.units import BOLTZMANN_EV_PER_K
 
@@ -141,9 +136,9 @@ def test_explosion_is_an_error_that_names_the_system(dipeptide: System) -> None:
         engine.advance(2500)
 
 
-def test_small_molecule_and_beads_are_refused_with_the_next_step(dipeptide: System) -> None:
-    with pytest.raises(SimulationError, match="dig-scale import"):
-        build_openmm_system(replace(dipeptide, kind=SystemKind.MOLECULE), Simulate())
+def test_slabs_and_beads_are_refused_with_the_next_step(dipeptide: System) -> None:
+    with pytest.raises(SimulationError, match=r"a catalyst: .*dig-scale import"):
+        build_openmm_system(replace(dipeptide, kind=SystemKind.CATALYST), Simulate())
     with pytest.raises(SimulationError, match="coarse-grained beads"):
         build_openmm_system(replace(dipeptide, elements=np.zeros(22)), Simulate())
 
