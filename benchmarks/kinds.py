@@ -9,7 +9,6 @@ DIG_SCALE_SHARED (default ../shared); rows say "not measured" where they are abs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.kinds_checks import bad_input_rows, code_rows, frame_rows, published_rows, rotation_rows
 from benchmarks.rows import NOT_MEASURED, Row, at_least, at_most, note, publish
 from benchmarks.walk import dig_scale, timed
-from dig_scale.ensemble import Ensemble, read_ensemble
+from dig_scale.ensemble import read_ensemble
 from dig_scale.records import find_trajectories, read_trajectory_frames
 from dig_scale.system import Frames, System
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from benchmarks.walk import dig_scale, timed
 from dig_scale.ensemble import read_ensemble
 from dig_scale.evaluation.poses import CheckDepth, pose_accuracy, posebusters_checks

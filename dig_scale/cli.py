@@ -272,7 +272,7 @@ def request(
 
 @app.command()
 def evaluate(
-    ensemble: Annotated[Path, typer.Argument(help="Folder or .npz of an ensemble.")],
+    ensemble: Annotated[Path, typer.Argument(help="Folder or .npz of an ensemble, or a folder of such folders.")],
     reference: Annotated[
         Path, typer.Option("--reference", help="Trajectories: a folder, a .zarr, or any file with --topology.")
     ],
@@ -286,7 +286,8 @@ def evaluate(
 ) -> None:
     """Compare an ensemble with reference trajectories in one HTML report."""
     from dig_scale.config import Evaluate
-    from dig_scale.stages import ReferenceFile, evaluate_stage
+    from dig_scale.evaluation.reference_files import ReferenceFile
+    from dig_scale.stages import evaluate_stage
 
     file = ReferenceFile(topology, frame_spacing_ps) if topology is not None else None
     folder = out or (ensemble if ensemble.is_dir() else ensemble.parent).parent / "report"

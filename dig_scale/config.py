@@ -107,6 +107,10 @@ class Simulate(Section):
     replica_exchange: ReplicaExchange | None = None
     calculator: CalculatorSpec | None = None
     """What gives energies and forces of surfaces; effective medium theory when absent."""
+    walkers: PositiveInt = 1
+    """Copies of a system that one actor advances together, each with a trajectory of `frames` frames; surfaces gain most."""
+    slab_layers: Literal["held", "free"] = "held"
+    """Whether whole mobile layers of a slab keep their place along the surface; in small cells free ones slide."""
     seed: int = 1
 
 
@@ -285,6 +289,10 @@ class Recipe(Section):
         exchange = self.simulate.replica_exchange if self.simulate else None
         if exchange and self.simulate and exchange.temperatures[0] != self.simulate.temperature:
             raise ValueError("simulate.replica_exchange.temperatures must start with simulate.temperature")
+        if exchange and self.simulate and self.simulate.walkers > 1:
+            raise ValueError(
+                "simulate.walkers must be 1 with simulate.replica_exchange, whose temperatures are its walkers"
+            )
         return self
 
 

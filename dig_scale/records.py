@@ -120,7 +120,7 @@ def trajectory_origin(path: Path) -> dict[str, Any]:
 
 def simulation_summary_path(trajectory: Path) -> Path:
     """Where the campaign records what the replica of a trajectory store cost; a ladder's stores share one record."""
-    return trajectory.with_name(re.sub(r"(-T[0-9.]+)?\.zarr$", ".json", trajectory.name))
+    return trajectory.with_name(re.sub(r"(-[TW][0-9.]+)?\.zarr$", ".json", trajectory.name))
 
 
 def simulation_cpu_seconds(trajectories: Sequence[Path]) -> float | None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dig_scale.config import Evaluate, Recipe, Sample
-from dig_scale.ensemble import Ensemble, read_ensemble
+from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import duration, stage
-from dig_scale.system import Frames, System
+from dig_scale.system import System
 
 if TYPE_CHECKING:
+    from dig_scale.evaluation.reference_files import ReferenceFile, ReferenceFrames
     from dig_scale.serving.offline import Draws
 
 
@@ -187,113 +188,67 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
     return Catalogue(model).system(SamplesRequest(sequence=wanted, num=1))
 
 
-@dataclass(frozen=True)
-class ReferenceFile:
-    """What a trajectory file (not of our own store) does not say: its topology, and its frame spacing in ps."""
-
-    topology: Path
-    frame_spacing_ps: float | None = None
-
-
 def evaluate_stage(
-    ensemble_source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None = None
+    source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None = None
 ) -> Path:
-    """Compare an ensemble with reference trajectories; the path of report.html. `summary.png` is written beside it."""
+    """Compare an ensemble, or those in the folders of a folder, with reference trajectories; the path of report.html.
+
+    report.json and summary.png are written beside it; of several ensembles each has its report in OUT/<system>.
+    """
+    alone = source.is_file() or (source / FILE_NAME).is_file()
+    folders = [] if alone else sorted(path.parent for path in source.glob(f"*/{FILE_NAME}"))
+    with stage("evaluate") as report:
+        if not folders:
+            page = _evaluated(source, reference, settings, out, file)
+        else:
+            from dig_scale.evaluation.kind_report import write_overview
+
+            pages = {}
+            for number, folder in enumerate(folders):
+                report(number, len(folders), f"{folder.name}, {number + 1} of {len(folders)} systems")
+                pages[folder.name] = _evaluated(folder, reference, settings, out / folder.name, file)
+            page = write_overview(pages, out)
+        report(1, 1, str(page))
+    return page
+
+
+def _evaluated(source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None) -> Path:
+    """The report of one ensemble: of its kind, or of a molecule's torsions."""
+    ensemble = read_ensemble(source)
+
+    from dig_scale.evaluation.kind_report import write_kind_report
+    from dig_scale.evaluation.kinds.evaluation import comparison_of, evaluate_kind
+    from dig_scale.evaluation.reference_files import reference_for
+    from dig_scale.evaluation.side_by_side import reference_of
+
+    found = reference_for(ensemble, reference, file)
+    if comparison_of(ensemble) is None:
+        return _evaluated_by_torsions(ensemble, found, reference.name, settings, out)
+    data = reference_of(found.system, found.frames, found.temperature, reference.name)
+    return write_kind_report(evaluate_kind(ensemble, data, settings), out)
+
+
+def _evaluated_by_torsions(
+    ensemble: Ensemble, found: ReferenceFrames, source: str, settings: Evaluate, out: Path
+) -> Path:
     from dig_scale.evaluation.comparison import evaluate
     from dig_scale.evaluation.cost import Costs
     from dig_scale.evaluation.pictures import summary_picture
     from dig_scale.evaluation.reference import reference_from_frames
     from dig_scale.evaluation.report import write_report
 
-    with stage("evaluate") as report:
-        ensemble = read_ensemble(ensemble_source)
-        report(0, 3, "reading the reference")
-        found = reference_frames(reference, file, target_temperature(ensemble))
-        data = reference_from_frames(found.system, found.frames, found.temperature, reference.name)
-        provenance = ensemble.provenance
-        costs = Costs(
-            md_cpu_seconds=found.cpu_seconds,
-            training_cpu_seconds=provenance.get("training_cost", {}).get("cpu_seconds"),
-            sampling_cpu_seconds=provenance.get("cpu_seconds"),
-            network_evaluations_per_sample=provenance.get("network_evaluations_per_sample"),
-        )
-        report(1, 3, f"comparing {ensemble.n_samples} samples with {len(data.positions)} frames")
-        result = evaluate(ensemble, data, settings, costs)
-        report(2, 3, "drawing")
-        page = write_report(result, out)
-        summary_picture(result, out / "summary.png")
-        report(3, 3, str(page))
-    return page
-
-
-@dataclass(frozen=True)
-class ReferenceFrames:
-    """Reference trajectories of one system at one temperature (K), with what they cost (CPU seconds, if recorded)."""
-
-    system: System
-    frames: list[Frames]
-    temperature: float
-    cpu_seconds: float | None
-
-
-def target_temperature(ensemble: Ensemble) -> float | None:
-    """The temperature (K) that the model of an ensemble was trained at, if its recipe says so."""
-    recipe = ensemble.provenance.get("recipe") or {}
-    for section in ("pack", "simulate"):
-        kelvin = (recipe.get(section) or {}).get("temperature")
-        if kelvin is not None:
-            return float(kelvin)
-    return None
-
-
-def reference_frames(source: Path, file: ReferenceFile | None, temperature: float | None) -> ReferenceFrames:
-    """Trajectories from a folder or file of our own store, or with `file` from one that MDTraj reads."""
-    from dig_scale.records import (
-        find_trajectories,
-        read_trajectory_frames,
-        simulation_cpu_seconds,
-        trajectory_origin,
+    provenance = ensemble.provenance
+    costs = Costs(
+        md_cpu_seconds=found.cpu_seconds,
+        training_cpu_seconds=provenance.get("training_cost", {}).get("cpu_seconds"),
+        sampling_cpu_seconds=provenance.get("cpu_seconds"),
+        network_evaluations_per_sample=provenance.get("network_evaluations_per_sample"),
     )
-
-    if not source.exists():
-        raise UserError(f"no reference at {source}: give a folder of trajectories, a .zarr, or a trajectory file")
-    if file is not None or source.is_file():
-        return _reference_from_file(source, file, temperature)
-    paths = find_trajectories(source)
-    kelvins = {path: trajectory_origin(path).get("temperature_K") for path in paths}
-    target = temperature if temperature is not None else _only(set(kelvins.values()), source)
-    chosen = [
-        path for path, kelvin in kelvins.items() if kelvin is None or target is None or abs(kelvin - target) < 1e-6
-    ]
-    if not chosen:
-        raise UserError(f"{source}: no trajectory at {target} K; found {sorted(map(str, set(kelvins.values())))}")
-    read = [read_trajectory_frames(path) for path in chosen]
-    names = {system.system_id for system, _ in read}
-    if len(names) > 1:
-        raise UserError(f"{source} holds trajectories of {len(names)} systems: give the folder of one of them")
-    cpu_seconds = simulation_cpu_seconds(paths)
-    return ReferenceFrames(read[0][0], [frames for _, frames in read], target or 300.0, cpu_seconds)
-
-
-def _only(kelvins: set[float | None], source: Path) -> float | None:
-    if len(kelvins) > 1:
-        raise UserError(f"{source} holds temperatures {sorted(map(str, kelvins))} K: say which with --temperature")
-    return next(iter(kelvins))
-
-
-def _reference_from_file(source: Path, file: ReferenceFile | None, temperature: float | None) -> ReferenceFrames:
-    from tempfile import TemporaryDirectory
-
-    from dig_scale.importers.trajectory import ImportOptions, import_trajectory
-    from dig_scale.records import read_trajectory_frames
-
-    if file is None:
-        raise UserError(f"{source} is a trajectory file: give its topology with --topology")
-    options = ImportOptions(temperature=temperature, frame_spacing_ps=file.frame_spacing_ps)
-    with TemporaryDirectory() as scratch:
-        stores = import_trajectory(file.topology, [source], Path(scratch), options)
-        read = [read_trajectory_frames(store) for store in stores]
-    return ReferenceFrames(read[0][0], [frames for _, frames in read], temperature or 300.0, None)
+    data = reference_from_frames(found.system, found.frames, found.temperature, source)
+    result = evaluate(ensemble, data, settings, costs)
+    page = write_report(result, out)
+    summary_picture(result, out / "summary.png")
+    return page
 
 
 def run_all(recipe: Recipe, folders: RunFolders) -> Path:
@@ -309,6 +264,5 @@ def run_all(recipe: Recipe, folders: RunFolders) -> Path:
         import_stage(recipe, folders.trajectories)
     pack_stage(recipe, [folders.trajectories], folders.dataset)
     train_stage(recipe, folders.dataset, folders.model)
-    system = trained_system(folders.model, recipe.systems[0].name)
-    sample_stage(folders.model, system, recipe.sample, folders.ensemble)
+    sample_stage(shared_out(folders.model, None, recipe.sample, folders.ensemble))
     return evaluate_stage(folders.ensemble, folders.trajectories, recipe.evaluate, folders.report)

@@ -24,7 +24,8 @@ from dig_scale.diffusion.process import Process
 from dig_scale.diffusion.rotation import RotationProcess
 from dig_scale.diffusion.schedule import LogLinear, schedule_from
 from dig_scale.errors import UserError
-from dig_scale.system import SystemKind
+from dig_scale.geometry.lattice import softly_folded
+from dig_scale.system import SiteRole, SystemKind
 
 Network = Callable[[Geometry, Context, Tensor], Score]
 """(geometry in Å on the scale of the data, context, noise level [B] Å) -> numbers of order 1, one field per state field."""
@@ -49,16 +50,29 @@ class Composition:
     stored: tuple[str, ...]
     coordinates: CellCoordinates
 
-    def state(self, arrays: Arrays, context: Context) -> State:
-        """The clean State of stored frames."""
+    def state(self, arrays: Arrays, context: Context, place: Tensor | None = None) -> State:
+        """The clean State of stored frames.
+
+        Loose sites of a periodic cell (adsorbates) are brought near their anchors by a lattice translation, which `place`
+        [B] in [0, 1) chooses (see geometry.lattice.softly_folded); without it they stay in the image that is stored.
+        """
         values: dict[str, Tensor] = {}
-        if "positions" in self.fields:
+        if "positions" in self.fields and place is not None and bool(context.periodic.any()):
+            values["positions"] = constrained_positions(self._folded(arrays["positions"], context, place), context)
+        elif "positions" in self.fields:
             values["positions"] = constrained_positions(arrays["positions"] - context.anchor, context)
         if "rotations" in self.fields:
             values["rotations"] = arrays["rotations"]
         if "lattice" in self.fields:
             values |= self.coordinates.of_crystal(arrays["positions"], arrays["cell"], context.present)
         return State(**values)
+
+    def _folded(self, positions: Tensor, context: Context, place: Tensor) -> Tensor:
+        loose = (context.role == SiteRole.ADSORBATE).expand(len(positions), -1)
+        cell = context.cell.expand(len(positions), 3, 3)
+        periodic = tuple(bool(value) for value in context.periodic[0])
+        width = float(context.extent[context.role == SiteRole.ADSORBATE].max()) if bool(loose.any()) else 1.0
+        return softly_folded(positions - context.anchor, loose, cell, periodic, width, place)  # type: ignore[arg-type]
 
     def arrays(self, state: State, context: Context) -> dict[str, Tensor]:
         """Stored frames of a clean State: inverse of `state`."""

@@ -47,7 +47,7 @@ def evaluate(
     quality = reference_quality(reference, inefficiency, blocks.block_length, blocks.n_blocks)
     return with_words(
         Evaluation(
-            subject=_subject(ensemble, int(finite.sum())),
+            subject=subject_of(ensemble, int(finite.sum())),
             reference=quality,
             settings=Settings(settings.bins, settings.bootstrap, settings.seed),
             maps=_maps(topology, sets, reference, settings.bins, generator),
@@ -118,7 +118,8 @@ def _reweighting(log_weights: np.ndarray | None) -> Reweighting | None:
     return Reweighting(effective, effective / len(log_weights))
 
 
-def _subject(ensemble: Ensemble, n_finite: int) -> Subject:
+def subject_of(ensemble: Ensemble, n_finite: int) -> Subject:
+    """What is evaluated, of whose samples n_finite are finite."""
     provenance = ensemble.provenance
     recipe: Any = provenance.get("recipe", "not recorded")
     return Subject(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
@@ -39,8 +40,8 @@ def map_figure(one: MapComparison) -> Figure:
     difference = _draw_difference(axes[2], model - md, one)
     for ax, title in zip(axes, ("MD", "Model", "Model − MD"), strict=True):
         ax.set_title(title, fontsize=10, color=INK, fontweight="bold")
-    _colour_bar(figure, energy[1], axes[1:2], "−ln p (kT)")
-    _colour_bar(figure, difference, axes[2:], "ΔF (kT), blue: model more often")
+    colour_bar(figure, energy[1], axes[1:2], "−ln p (kT)")
+    colour_bar(figure, difference, axes[2:], "ΔF (kT), blue: model more often")
     return figure
 
 
@@ -54,7 +55,7 @@ def map_energies(one: MapComparison) -> tuple[np.ndarray, np.ndarray]:
 
 def torsion_figure(torsions: Sequence[TorsionComparison]) -> Figure:
     """Histogram of each torsion, MD and model, with 95 % bootstrap bands."""
-    figure, axes = _panels(len(torsions), columns=min(4, max(2, len(torsions))))
+    figure, axes = panels(len(torsions), columns=min(4, max(2, len(torsions))))
     for ax, torsion in zip(axes, torsions, strict=True):
         draw_torsion(ax, torsion)
         ax.set_title(torsion.label, fontsize=8.5, color=INK)
@@ -70,13 +71,13 @@ def draw_torsion(ax: Axes, torsion: TorsionComparison) -> None:
     ax.set_xlim(-180, 180)
     ax.set_xticks(_TICKS)
     ax.set_ylim(bottom=0)
-    _tidy(ax)
+    tidy(ax)
 
 
 def geometry_figure(table: GeometryTable) -> Figure:
     """Histograms of bonds or angles, MD and model; of many, those whose means differ most."""
     terms = worst_terms(table)
-    figure, axes = _panels(len(terms), columns=min(_COLUMNS, max(2, len(terms))))
+    figure, axes = panels(len(terms), columns=min(_COLUMNS, max(2, len(terms))))
     for ax, term in zip(axes, terms, strict=True):
         _draw_term(ax, term)
     _legend(axes[0])
@@ -178,7 +179,7 @@ def _summary_maps(figure: Figure, axes: Sequence[Axes], one: MapComparison, eval
     for ax, values, title in zip(axes, energies, titles, strict=True):
         image = _draw_map(ax, values, one, top)
         ax.set_title(title, fontsize=10, color=INK)
-    _colour_bar(figure, image, axes, "−ln p (kT)")
+    colour_bar(figure, image, axes, "−ln p (kT)")
 
 
 def _draw_map(ax: Axes, values: np.ndarray, one: MapComparison, top: float) -> QuadMesh:
@@ -206,7 +207,7 @@ def _finish_map(ax: Axes, one: MapComparison) -> None:
     ax.set(xlim=(-180, 180), ylim=(-180, 180), xticks=_TICKS, yticks=_TICKS, aspect="equal")
     ax.set_xlabel(f"{one.first} (°)", fontsize=9, color=INK)
     ax.set_ylabel(f"{one.second} (°)", fontsize=9, color=INK)
-    _tidy(ax)
+    tidy(ax)
     ax.spines[["top", "right"]].set(visible=True, color="#9aa5b1")
 
 
@@ -214,7 +215,8 @@ def _top_of_scale(energies: Sequence[np.ndarray]) -> float:
     return min(MAX_FREE_ENERGY, float(np.ceil(max(np.nanmax(values) for values in energies))))
 
 
-def _colour_bar(figure: Figure, image: QuadMesh, axes: Sequence[Axes], label: str) -> None:
+def colour_bar(figure: Figure, image: ScalarMappable, axes: Sequence[Axes], label: str) -> None:
+    """A labelled colour bar beside `axes`."""
     bar = figure.colorbar(image, ax=list(axes), shrink=0.85)
     bar.set_label(label, fontsize=8.5, color=INK)
     bar.ax.tick_params(labelsize=7.5, color="#9aa5b1", labelcolor=INK)
@@ -238,12 +240,13 @@ def _draw_pair(ax: Axes, edges: np.ndarray, md: np.ndarray, model: np.ndarray) -
     ax.stairs(100 * model, edges, color=MODEL_COLOUR, lw=1.2, label="model")
     ax.set_xlim(edges[0], edges[-1])
     ax.set_ylim(bottom=0)
-    _tidy(ax)
+    tidy(ax)
 
 
-def _panels(count: int, columns: int) -> tuple[Figure, list[Axes]]:
+def panels(count: int, columns: int, height: float | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of `columns`, each `height` inches high."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(10.2, 1.75 * rows * (1.0 if columns > 4 else 1.15)))
+    figure = Figure(figsize=(10.2, rows * (height or (1.75 if columns > 4 else 2.01))))
     # Without a margin of its own, a printed page clips the titles of the upper row.
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.05)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -256,7 +259,8 @@ def _legend(ax: Axes) -> None:
     ax.legend(fontsize=7.5, frameon=False, loc="best", handlelength=1.2)
 
 
-def _tidy(ax: Axes) -> None:
+def tidy(ax: Axes) -> None:
+    """Light axes without a frame."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#9aa5b1")
     ax.tick_params(labelsize=7.5, color="#9aa5b1", labelcolor=INK)

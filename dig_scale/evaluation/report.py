@@ -34,9 +34,8 @@ SET_TITLES = {
 
 def write_report(evaluation: Evaluation, out: Path) -> Path:
     """Write report.html and report.json into the folder `out` (made if absent) and return the path of the page."""
-    out.mkdir(parents=True, exist_ok=True)
     content = numbers(evaluation)
-    (out / JSON_NAME).write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(content, out)
     page = out / HTML_NAME
     page.write_text(render(evaluation, content))
     return page
@@ -44,33 +43,49 @@ def write_report(evaluation: Evaluation, out: Path) -> Path:
 
 def render(evaluation: Evaluation, content: dict[str, Any]) -> str:
     """The page of an evaluation whose `numbers` are `content`."""
-    environment = Environment(
+    titles = {name: title for name, title in SET_TITLES.items() if name != "reweighted" or evaluation.reweighting}
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            report=content,
+            number=Number(content),
+            titles=titles,
+            pictures=_pictures(evaluation),
+            rows=_rows(evaluation),
+            basins=thermodynamics.BASINS,
+            constants={
+                "core_margin": f"{thermodynamics.CORE_MARGIN:g}",
+                "clash_factor": f"{structure.CLASH_FACTOR:g}",
+                "bead_clash": f"{structure.BEAD_CLASH_DISTANCE:.1f}",
+                "clash_bonds": structure.CLASH_MIN_BONDS,
+                "block_inefficiencies": BLOCK_INEFFICIENCIES,
+            },
+        )
+    )
+
+
+def templates() -> Environment:
+    """The templates of pages; an undefined name in one is an error."""
+    return Environment(
         loader=PackageLoader("dig_scale.evaluation", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    titles = {name: title for name, title in SET_TITLES.items() if name != "reweighted" or evaluation.reweighting}
-    return environment.get_template("report.html.j2").render(
-        report=content,
-        number=_Number(content),
-        titles=titles,
-        pictures=_pictures(evaluation),
-        rows=_rows(evaluation),
-        basins=thermodynamics.BASINS,
-        constants={
-            "core_margin": f"{thermodynamics.CORE_MARGIN:g}",
-            "clash_factor": f"{structure.CLASH_FACTOR:g}",
-            "bead_clash": f"{structure.BEAD_CLASH_DISTANCE:.1f}",
-            "clash_bonds": structure.CLASH_MIN_BONDS,
-            "block_inefficiencies": BLOCK_INEFFICIENCIES,
-        },
-    )
+
+
+def write_json(content: dict[str, Any], out: Path) -> Path:
+    """Write the numbers of a page as report.json into the folder `out`, made if absent."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / JSON_NAME
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
 
 
 @dataclass(frozen=True)
-class _Number:
+class Number:
     """Prints the number at a path of the report's content, in a <data> element that carries path and full value."""
 
     content: dict[str, Any]

@@ -82,7 +82,7 @@ class Evaluation:
     warnings: tuple[str, ...] = ()
 
 
-def numbers(evaluation: Evaluation) -> dict[str, Any]:
+def numbers(evaluation: Any) -> dict[str, Any]:
     """JSON-ready content of an evaluation without its picture arrays; what is not finite is null."""
     return {"format_version": FORMAT_VERSION} | _plain(evaluation)
 

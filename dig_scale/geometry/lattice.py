@@ -81,6 +81,30 @@ def minimum_image(
     return torch.take_along_dim(candidates, best[..., None, None], dim=-2).squeeze(-2)
 
 
+def softly_folded(
+    offsets: Float[Tensor, "B N 3"],
+    group: Bool[Tensor, "B N"],
+    cell: Float[Tensor, "B 3 3"],
+    periodic: tuple[bool, bool, bool],
+    width: float,
+    place: Float[Tensor, " B"],
+) -> Float[Tensor, "B N 3"]:
+    """Offsets in Å with the sites of a group moved as one by a lattice translation, so that they lie near 0.
+
+    Image L is taken with probability proportional to exp(-|mean offset + L|²/(2 width²)), by `place` uniform in [0, 1): so
+    a density that is periodic becomes one in space without an edge anywhere, as cutting at the cell's wall would make.
+    """
+    count = group.sum(1).clamp(min=1).unsqueeze(-1)
+    mean = (offsets * group.unsqueeze(-1)).sum(1) / count
+    home = minimum_image(mean.unsqueeze(1), cell, periodic).squeeze(1)
+    shifts = image_shifts(cell, 4 * width, periodic).to(cell.dtype)
+    images = home.unsqueeze(1) + cartesian(shifts.expand(len(cell), -1, -1), cell)
+    chances = torch.softmax(-(images**2).sum(-1) / (2 * width**2), dim=1)
+    chosen = torch.searchsorted(chances.cumsum(1), place.to(cell.dtype).unsqueeze(1)).clamp(max=len(shifts) - 1)
+    moved = torch.take_along_dim(images, chosen.unsqueeze(-1), dim=1).squeeze(1) - mean
+    return offsets + group.unsqueeze(-1) * moved.unsqueeze(1)
+
+
 @dataclass(frozen=True)
 class Edges:
     """Ordered pairs of a site and an image of a site, sorted by sample, i, j: sample, i, j [E]; shift [E, 3] cells added to

@@ -102,6 +102,18 @@ def backbone_of_trajectory(
     return _assembled(name, places, names, atoms, time_ps, origin | more)
 
 
+def residue_chain(name: str, residue_names: Sequence[str], origin: Mapping[str, Any] | None = None) -> System:
+    """System of one chain of these residues (three-letter names), each joined to the next; caps are left out.
+
+    Raises UserError where no residue is left.
+    """
+    names = [residues.standard_name(one) for one in residue_names if one not in NO_RESIDUES]
+    if not names:
+        raise UserError(f"system {name!r}: no residue among {', '.join(residue_names) or 'none'}; expected amino acids")
+    places = [Place(0, number) for number in range(1, len(names) + 1)]
+    return _system(name, places, names, np.ones(len(names) - 1, dtype=bool), dict(origin or {}))
+
+
 def full_backbone(system: System, positions: np.ndarray, rotations: np.ndarray) -> tuple[System, np.ndarray]:
     """Atoms N, CA, C, O, CB (no CB in glycine) of frames, positions [S, N, 3] Å and rotations [S, N, 3, 3], S > 0.
 

@@ -54,8 +54,10 @@ class Container:
 
 def read_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Key and attributes of every entry, in the order of numeric keys; raises UserError naming file and entry."""
-    import lmdb
-
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs lmdb ({error}); pip install 'dig-scale[oc20]'") from error
     if not path.exists():
         raise UserError(f"no LMDB at {path}")
     try:

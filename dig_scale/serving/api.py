@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from dig_scale import __version__
@@ -28,13 +29,22 @@ from dig_scale.serving.gate import Gate
 from dig_scale.serving.metrics import Metrics, exposition, replica_metrics
 from dig_scale.serving.scheduler import Group, Job, QueueFullError
 from dig_scale.serving.schema import (
+    ExtraField,
     Header,
     Health,
     ModelSummary,
     SamplesRequest,
     SystemSummary,
 )
-from dig_scale.serving.served import Bench, Benches, ServedModel, load_served_model, rows_that_fit
+from dig_scale.serving.served import (
+    Bench,
+    Benches,
+    ServedModel,
+    Wanted,
+    load_served_model,
+    require_wanted,
+    rows_that_fit,
+)
 from dig_scale.serving.stream import Reading, SampleStream
 from dig_scale.serving.worker import Event, Worker, WorkerStoppedError
 
@@ -77,6 +87,7 @@ def build_api(service: Service, door: Door) -> FastAPI:
     _add_sampling(api, service, door)
     _add_descriptions(api, service)
     api.add_exception_handler(RequestError, _refusal)
+    api.add_exception_handler(RequestValidationError, _invalid)
     api.add_middleware(Gate, token=door.token)
     return api
 
@@ -100,10 +111,11 @@ def _add_sampling(api: FastAPI, service: Service, door: Door) -> None:
         if body.num > service.limits.max_samples_per_request:
             most = service.limits.max_samples_per_request
             raise RequestError(413, "num", f"{body.num} samples; one request may ask for {most}")
-        bench = await asyncio.to_thread(_bench, service, body)
-        job = _job(service, body, bench)
+        wanted = _wanted(service.model, body)
+        bench = await asyncio.to_thread(_bench, service, body, wanted)
+        job = _job(service, body, bench, wanted)
         inbox = _admit(service, job, bench)
-        return SampleStream(Reading(_header(service, job, bench), inbox, service.worker, body.chunk))
+        return SampleStream(Reading(_header(service, job, bench, wanted), inbox, service.worker, body.chunk))
 
     @api.delete("/v1/samples/{request_id}", status_code=204)
     async def cancel_samples(request_id: str) -> Response:
@@ -159,20 +171,33 @@ def _model_summary(service: Service) -> ModelSummary:
     )
 
 
-def _bench(service: Service, body: SamplesRequest) -> Bench:
+def _wanted(model: ServedModel, body: SamplesRequest) -> Wanted:
+    """The properties of a request, or the checkpoint's own; raises RequestError for those it does not know."""
+    defaults = model.recipe.sample
+    conditions = defaults.conditions if body.conditions is None else body.conditions
+    unsaid = defaults.guidance if conditions else 1.0
+    wanted = Wanted(conditions, unsaid if body.guidance is None else body.guidance)
+    try:
+        require_wanted(model.recipe, wanted)
+    except UserError as error:
+        raise RequestError(422, "conditions", str(error)) from error
+    return wanted
+
+
+def _bench(service: Service, body: SamplesRequest, wanted: Wanted) -> Bench:
     system = service.catalogue.system(body)
     try:
-        return service.benches.bench(system)
+        return service.benches.bench(system, wanted)
     except UserError as error:
         raise RequestError(422, "system", str(error)) from error
 
 
-def _job(service: Service, body: SamplesRequest, bench: Bench) -> Job:
+def _job(service: Service, body: SamplesRequest, bench: Bench, wanted: Wanted) -> Job:
     defaults = service.model.recipe.sample
     rows = rows_that_fit(bench.system.n_sites, service.limits.max_batch)
     return Job(
         request_id=uuid.uuid4().hex,
-        group=Group(bench.system_id, body.solver or defaults.solver, rows),
+        group=Group(bench.system_id, body.solver or defaults.solver, rows, wanted.listed, wanted.guidance),
         seed=body.seed,
         first_index=body.first_index,
         num=body.num,
@@ -201,7 +226,9 @@ def _admit(service: Service, job: Job, bench: Bench) -> asyncio.Queue[Event]:
     return inbox
 
 
-def _header(service: Service, job: Job, bench: Bench) -> Header:
+def _header(service: Service, job: Job, bench: Bench, wanted: Wanted) -> Header:
+    evaluations = solver_named(job.group.solver).evaluations_per_step * wanted.evaluations
+    extra = [name for name in get_args(ExtraField) if name in bench.composition.stored]
     return Header(
         request_id=job.request_id,
         system=bench.system.to_dict(),
@@ -211,10 +238,13 @@ def _header(service: Service, job: Job, bench: Bench) -> Header:
         num=job.num,
         solver=job.group.solver,
         steps=job.steps,
-        network_evaluations_per_sample=job.steps * solver_named(job.group.solver).evaluations_per_step,
+        network_evaluations_per_sample=job.steps * evaluations,
         checkpoint=service.model.checkpoint_id,
         recipe=service.model.recipe.model_dump(mode="json"),
         training_cost=dict(service.model.training_cost),
+        fields=extra or None,
+        conditions=dict(wanted.listed) or None,
+        guidance=wanted.guidance if wanted.conditions else None,
     )
 
 
@@ -225,3 +255,10 @@ def _detail(field: str, problem: str) -> list[dict[str, Any]]:
 async def _refusal(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestError)
     return JSONResponse({"detail": _detail(error.field, str(error))}, status_code=error.status)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    """Place and problem alone: what was sent may be no JSON (NaN), or large."""
+    assert isinstance(error, RequestValidationError)
+    detail = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()]
+    return JSONResponse({"detail": detail}, status_code=422)

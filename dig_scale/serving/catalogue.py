@@ -1,7 +1,8 @@
 """From the words of a request to a System: a training system's name, a sequence, a SMILES, or a System in JSON.
 
 In: SamplesRequest. Out: System, or RequestError with the HTTP status and the field at fault. Sequences and SMILES are
-built as for training (the recipe's force field, hydrogens dropped where the recipe packs heavy atoms only).
+built as for training: the recipe's force field, hydrogens dropped where the recipe packs heavy atoms only, residues where
+the model's sites are residues.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ class Catalogue:
 
 
 def _from_sequence(text: str, model: ServedModel) -> System:
+    if model.recipe.model.sites == "residues":
+        from dig_scale.importers.backbone import residue_chain
+        from dig_scale.importers.sequence import parse_sequence
+
+        return residue_chain(text, parse_sequence(text), {"source": "sequence"})
     from dig_scale.importers.protein import system_from_sequence
 
     return system_from_sequence(text, text, model.recipe.simulate)

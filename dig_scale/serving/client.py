@@ -28,6 +28,7 @@ from dig_scale.serving.schema import (
     WireError,
     decode_chunk,
     parse_line,
+    sample_shape,
 )
 from dig_scale.system import System
 
@@ -44,6 +45,7 @@ _PROVENANCE = (
     "recipe",
     "training_cost",
 )
+_PROPERTIES = ("conditions", "guidance")
 _BUSY = (429, 503)
 _GONE = (404, 500, 502, 503, 504)
 
@@ -79,7 +81,8 @@ class _Collected:
     header: Header | None = None
     system: System | None = None
     have: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    positions: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.float32))
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    """Fields of the samples by name, one row per sample wanted."""
     cpu_seconds: float = 0.0
     attempts: int = 0
     last_contact: float = field(default_factory=time.monotonic)
@@ -121,6 +124,7 @@ def _next_part(collected: _Collected) -> SamplesRequest | None:
     first = int(missing[0])
     run = int(np.argmin(np.append(~collected.have[first:], False)))
     settled: dict[str, Any] = {"solver": header.solver, "steps": header.steps}
+    settled |= {name: value for name in _PROPERTIES if (value := getattr(header, name)) is not None}
     if request.system is None:
         settled |= {"system": header.system, "sequence": None, "smiles": None}
     return request.model_copy(update=settled | {"first_index": request.first_index + first, "num": run})
@@ -215,20 +219,25 @@ def _begin(header: Header, collected: _Collected) -> None:
             f"the system {collected.system.name!r} of the header is not the {header.system_id} it says it is"
         )
     collected.have = np.zeros(header.num, bool)
-    collected.positions = np.zeros((header.num, collected.system.n_sites, 3), np.float32)
+    n_sites = collected.system.n_sites
+    collected.arrays = {
+        name: np.zeros((header.num, *sample_shape(name, n_sites)), np.float32)
+        for name in ("positions", *(header.fields or ()))
+    }
 
 
-def _identity(header: Header) -> tuple[str, str, str, int]:
-    return header.checkpoint, header.system_id, header.solver, header.steps
+def _identity(header: Header) -> tuple[Any, ...]:
+    return header.checkpoint, header.system_id, header.solver, header.steps, header.conditions, header.guidance
 
 
 def _store(chunk: Chunk, collected: _Collected) -> None:
-    assert collected.system is not None
-    index, positions = decode_chunk(chunk, collected.system.n_sites)
+    assert collected.system is not None and collected.header is not None
+    index, arrays = decode_chunk(chunk, collected.system.n_sites, collected.header.fields or ())
     place = index - collected.request.first_index
     if len(place) and (place.min() < 0 or place.max() >= len(collected.have) or len(np.unique(place)) != len(place)):
         raise WireError(f"samples {index[:3].tolist()}... were not asked for, or came twice")
-    collected.positions[place] = positions
+    for name, values in arrays.items():
+        collected.arrays[name][place] = values
     collected.have[place] = True
     if collected.progress is not None:
         collected.progress(int(collected.have.sum()), len(collected.have))
@@ -259,11 +268,13 @@ def _ensemble(collected: _Collected, url: str) -> Ensemble:
     assert header is not None
     assert collected.system is not None
     first = collected.request.first_index
+    wanted = {name: value for name in _PROPERTIES if (value := getattr(header, name)) is not None}
     return Ensemble(
         system=collected.system,
-        positions=collected.positions,
+        **collected.arrays,
         index=np.arange(first, first + header.num, dtype=np.int64),
         seed=header.seed,
         provenance=header.model_dump(include=set(_PROVENANCE))
+        | wanted
         | {"source": url, "cpu_seconds": collected.cpu_seconds, "attempts": collected.attempts},
     )

@@ -29,11 +29,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Advanced:
-    """After a tick: the pool that is left (None when empty), and the finished walkers with positions [n, N, 3] Å."""
+    """After a tick: the pool that is left (None when empty), and the finished walkers with their fields of Frames by name,
+    float32 arrays [n, ...] (positions in Å, and rotations or cell where the system has them); none where nothing finished.
+    """
 
     pool: Pool | None
     finished: tuple[Walker, ...]
-    positions: np.ndarray
+    arrays: Mapping[str, np.ndarray]
 
 
 def advance_pool(pool: Pool | None, tick: Tick, jobs: Mapping[str, Job], bench: Bench, solver: Solver) -> Advanced:
@@ -48,9 +50,7 @@ def advance_pool(pool: Pool | None, tick: Tick, jobs: Mapping[str, Job], bench: 
     ended = tuple(label for label, over in zip(tick.walkers, done.tolist(), strict=True) if over)
     idle = None if pool is None else without(pool, set(tick.resumed))
     going = without(Pool(tick.walkers, moved), set(ended))
-    clean = tree_select(moved.state, done.to(moved.index.device))
-    positions = bench.composition.arrays(clean, bench.context)["positions"]
-    return Advanced(_joined(idle, going), ended, positions.float().cpu().numpy())
+    return Advanced(_joined(idle, going), ended, _finished_arrays(moved, done, bench) if ended else {})
 
 
 def without(pool: Pool, leaving: Set[Walker]) -> Pool | None:
@@ -62,6 +62,12 @@ def without(pool: Pool, leaving: Set[Walker]) -> Pool | None:
         return None
     rows = torch.tensor(kept, device=pool.walkers.index.device)
     return Pool(tuple(pool.labels[row] for row in kept), tree_select(pool.walkers, rows))
+
+
+def _finished_arrays(moved: Walkers, done: torch.Tensor, bench: Bench) -> dict[str, np.ndarray]:
+    clean = tree_select(moved.state, done.to(moved.index.device))
+    arrays = bench.composition.arrays(clean, bench.context)
+    return {name: values.float().cpu().numpy() for name, values in arrays.items()}
 
 
 def _joined(one: Pool | None, other: Pool | None) -> Pool | None:

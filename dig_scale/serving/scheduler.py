@@ -35,11 +35,16 @@ class Walker(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """What the rows of one batch have in common, and how many of them (`rows`) fit one batch."""
+    """What the rows of one batch have in common, and how many of them (`rows`) fit one batch.
+
+    conditions: wanted properties (name, value), sorted, and the guidance towards them.
+    """
 
     system_id: str
     solver: SolverName
     rows: int
+    conditions: tuple[tuple[str, float], ...] = ()
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ class Wanted:
     guidance: float = 1.0
 
     @property
+    def listed(self) -> tuple[tuple[str, float], ...]:
+        """The properties in the order of their names."""
+        return tuple(sorted(self.conditions.items()))
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations for one score."""
         return 1 if not self.conditions or self.guidance in (0, 1) else 2
@@ -141,23 +146,24 @@ def rows_that_fit(n_sites: int, max_batch: int) -> int:
 
 
 class Benches:
-    """Benches by system, the last BENCHES_KEPT of them; safe to use from several threads."""
+    """Benches by system and wanted properties, the last BENCHES_KEPT of them; safe to use from several threads."""
 
     def __init__(self, model: ServedModel, wanted: Wanted = ANYTHING) -> None:
         self._model = model
         self._wanted = wanted
-        self._kept: OrderedDict[str, Bench] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Bench] = OrderedDict()
         self._lock = threading.Lock()
 
-    def bench(self, system: System) -> Bench:
-        """The bench of a system, built on first use; raises what build_bench raises."""
-        key = system.system_id
+    def bench(self, system: System, wanted: Wanted | None = None) -> Bench:
+        """The bench of a system, built on first use, for `wanted` or what all are for; raises what build_bench raises."""
+        asked = self._wanted if wanted is None else wanted
+        key = (system.system_id, asked.listed, asked.guidance)
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
                 return found
-        built = build_bench(self._model, system, self._wanted)
+        built = build_bench(self._model, system, asked)
         with self._lock:
             self._kept[key] = built
             while len(self._kept) > BENCHES_KEPT:

@@ -55,7 +55,8 @@ async def _lines(reading: Reading) -> AsyncIterator[bytes]:
         samples, end = await _next_events(reading.inbox)
         for start in range(0, len(samples.index), reading.chunk):
             part = slice(start, start + reading.chunk)
-            yield to_line(encode_chunk(samples.index[part], samples.positions[part]))
+            arrays = {name: values[part] for name, values in samples.arrays.items()}
+            yield to_line(encode_chunk(samples.index[part], arrays))
             reading.worker.delivered(reading.header.request_id, len(samples.index[part]))
         count += len(samples.index)
         if end is None and not len(samples.index):
@@ -79,5 +80,6 @@ async def _next_events(inbox: asyncio.Queue[Event]) -> tuple[Samples, Finished |
 
 def _merged(parts: list[Samples]) -> Samples:
     if not parts:
-        return Samples(np.zeros(0, np.int64), np.zeros((0, 0, 3), np.float32))
-    return Samples(np.concatenate([p.index for p in parts]), np.concatenate([p.positions for p in parts]))
+        return Samples(np.zeros(0, np.int64), {})
+    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return Samples(np.concatenate([part.index for part in parts]), arrays)

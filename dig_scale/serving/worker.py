@@ -35,10 +35,17 @@ class WorkerStoppedError(UserError):
 
 @dataclass(frozen=True)
 class Samples:
-    """Finished samples: index [n] int64 and positions [n, N, 3] float32 Å."""
+    """Finished samples: index [n] int64 and float32 arrays by name: positions [n, N, 3] Å, and rotations [n, N, 3, 3] or cell
+    [n, 3, 3] Å where the system has them.
+    """
 
     index: np.ndarray
-    positions: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number of every sample is finite."""
+        return all(bool(np.isfinite(values).all()) for values in self.arrays.values())
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ class Worker:
     def _hand_over(self, tick: Tick, orders: Mapping[str, _Order], advanced: Advanced, seconds: float) -> None:
         """Deliver what has finished: first the samples, then the end of the requests that are complete."""
         parts = _by_request(advanced)
-        spoilt = [request_id for request_id, part in parts.items() if not np.isfinite(part.positions).all()]
+        spoilt = [request_id for request_id, part in parts.items() if not part.finite]
         for request_id in spoilt:
             part, system = parts.pop(request_id), orders[request_id].bench.system
             self._fail([request_id], f"samples of {system.name} among {part.index[:5].tolist()} are not finite")
@@ -258,9 +265,9 @@ def _by_request(advanced: Advanced) -> dict[str, Samples]:
     rows: dict[str, list[int]] = {}
     for row, walker in enumerate(advanced.finished):
         rows.setdefault(walker.request_id, []).append(row)
-    return {
-        request_id: Samples(
-            np.array([advanced.finished[row].sample for row in chosen], dtype=np.int64), advanced.positions[chosen]
-        )
-        for request_id, chosen in rows.items()
-    }
+    return {request_id: _samples(advanced, chosen) for request_id, chosen in rows.items()}
+
+
+def _samples(advanced: Advanced, rows: list[int]) -> Samples:
+    index = np.array([advanced.finished[row].sample for row in rows], dtype=np.int64)
+    return Samples(index, {name: values[rows] for name, values in advanced.arrays.items()})

@@ -189,8 +189,8 @@ class ASEEngine:
 
 def engines_at(system: System, simulate: Simulate, temperatures: Sequence[float]) -> list[ASEEngine]:
     """Engines of a recipe at these temperatures in K, on one potential; raises SimulationError as calculators do."""
-    spec = getattr(simulate, "calculator", CalculatorSpec())
-    held = SlabLayers(getattr(simulate, "slab_layers", SlabLayers.HELD))
+    spec = simulate.calculator or CalculatorSpec()
+    held = SlabLayers(simulate.slab_layers)
     potential = potential_of(system, spec)
     every = [Dynamics(kelvin, simulate.friction_per_ps, simulate.time_step_fs, held) for kelvin in temperatures]
     return [ASEEngine(system, potential, dynamics, spec) for dynamics in every]

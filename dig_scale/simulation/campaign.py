@@ -259,9 +259,8 @@ def _prepare(spec: SystemSpec, settings: Simulate, out: Path) -> None:
     """Build a system and choose its platform, once for all its replicas and for every later session."""
     folder = out / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    surface = getattr(spec, "surface", None)
-    if surface is not None:
-        content = surface_start(spec.name, surface, settings)
+    if spec.surface is not None:
+        content = surface_start(spec.name, spec.surface, settings)
     else:
         start = start_from_spec(spec, settings)
         content = {"system": start.system.to_dict(), "platform": start.platform.platform}

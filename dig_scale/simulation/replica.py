@@ -61,7 +61,7 @@ def ladder_temperatures(simulate: Simulate) -> tuple[float, ...]:
     """K, the target first; without replica exchange, the same for every walker."""
     if simulate.replica_exchange:
         return simulate.replica_exchange.temperatures
-    return (simulate.temperature,) * getattr(simulate, "walkers", 1)
+    return (simulate.temperature,) * simulate.walkers
 
 
 def simulated_ns(simulate: Simulate, frames: int) -> float:

@@ -90,7 +90,7 @@ class TrainingData:
         arrays = {name: self._read(ids, rows, name) for name in composition.stored}
         context = self.contexts[rows[0]] if one else collate([self.contexts[row] for row in rows])
         context = self._conditioned(context, ids, rows)
-        state = composition.state(arrays, tree_to(context, "cpu"))
+        state = composition.state(arrays, tree_to(context, "cpu"), _places(ids))
         names = tuple(dict.fromkeys(self.systems[row].name for row in rows))
         return MicroBatch(Batch(state, context, names), t, noise, composition)
 
@@ -207,6 +207,11 @@ def counter_generator(seed: int, purpose: str, counter: int) -> torch.Generator:
     """A generator that depends on its three arguments only."""
     digest = hashlib.blake2b(f"dig-training/{seed}/{purpose}/{counter}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _places(ids: np.ndarray) -> Tensor:
+    """A number in [0, 1) for each frame that depends on its id only: a low-discrepancy sequence."""
+    return torch.from_numpy((0.5 + _GOLDEN * ids.astype(np.float64)) % 1.0)
 
 
 def noise_rows(data: TrainingData, ids: np.ndarray, seed: int, purpose: str, rows: range) -> State:

@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 
 from dig_scale.config import Model, Pack, Recipe, Sample
 from dig_scale.ensemble import Ensemble
@@ -24,6 +27,7 @@ from dig_scale.model.checkpoint import FILE_NAME, Checkpoint, save_checkpoint
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
+from dig_scale.serving.api import Door, Service, build_api
 from dig_scale.serving.served import Bench, build_bench, load_served_model
 from dig_scale.system import System, SystemKind
 
@@ -159,6 +163,29 @@ def unused_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", random.randint(20_000, 32_000)))
             return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def answering(service: Service, door: Door) -> Iterator[str]:
+    """The URL of the service's application, in a thread."""
+    port = unused_port()
+    server = uvicorn.Server(uvicorn.Config(build_api(service, door), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits until the condition holds; fails where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.02)
 
 
 def _environment() -> dict[str, str]:

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from dig_scale.config import Serve
 from dig_scale.serving import stream
-from dig_scale.serving.api import Door, Service, build_api, open_service
+from dig_scale.serving.api import Door, Service, open_service
 from dig_scale.serving.client import request_ensemble
 from dig_scale.serving.schema import SamplesRequest
-from tests.dig_scale.serving.fixtures import BUTANE, ETHER, Offline, unused_port
+from tests.dig_scale.serving.fixtures import BUTANE, ETHER, Offline, answering, eventually
 
 _LIMITS = Serve(max_batch=8, max_samples_per_request=50_000, max_queued_requests=3)
 _LONG = {"system": "butane", "num": 50_000, "steps": 200}
-
-
-@contextmanager
-def answering(service: Service, door: Door) -> Iterator[str]:
-    """The URL of the service's application, in a thread."""
-    port = unused_port()
-    server = uvicorn.Server(uvicorn.Config(build_api(service, door), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +34,6 @@ def service(checkpoint_file: Path) -> Iterator[Service]:
 def http(service: Service) -> Iterator[httpx.Client]:
     with answering(service, Door()) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {seconds} s"
-        time.sleep(0.02)
 
 
 def metric(http: httpx.Client, name: str) -> float:
@@ -153,6 +129,7 @@ def test_a_full_queue_answers_429_with_retry_after(http: httpx.Client) -> None:
         ({"system": BUTANE.to_dict() | {"bonds": "none"}}, 422, "system"),
         ({"system": BUTANE.to_dict() | {"kind": "crystal"}}, 422, "system"),
         ({"system": BUTANE.to_dict() | {"bond_orders": [1, 9, 1]}}, 422, "system"),
+        ({"system": "butane", "conditions": {"gap": 1.0}}, 422, "conditions"),
         ({"smiles": "not a molecule"}, 422, "smiles"),
         ({"sequence": "ACE-XXX-NME"}, 422, "sequence"),
     ],
@@ -162,6 +139,14 @@ def test_a_wrong_request_names_its_field(http: httpx.Client, body: dict[str, obj
     assert answer.status_code == status, answer.text
     assert answer.json()["detail"][0]["loc"][:2] == ["body", field]
     assert answer.json()["detail"][0]["msg"]
+
+
+@pytest.mark.parametrize("text", [b'{"system": "butane", "guidance": NaN}', b'{"system": "butane", "guidance": -1}'])
+def test_what_is_no_number_is_refused_like_any_other_wrong_field(http: httpx.Client, text: bytes) -> None:
+    answer = http.post("/v1/samples", content=text, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert [set(item) for item in answer.json()["detail"]] == [{"loc", "msg", "type"}]
+    assert answer.json()["detail"][0]["loc"][:2] == ["body", "guidance"]
 
 
 def test_a_body_without_end_is_refused(http: httpx.Client) -> None:

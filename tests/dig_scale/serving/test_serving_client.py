@@ -95,7 +95,7 @@ def header(asked: dict[str, Any], **changes: Any) -> bytes:
 
 def chunk(first: int, count: int) -> bytes:
     index = np.arange(first, first + count)
-    return to_line(encode_chunk(index, truth(index)))
+    return to_line(encode_chunk(index, {"positions": truth(index)}))
 
 
 def complete(asked: dict[str, Any]) -> Answer:
@@ -144,6 +144,37 @@ def test_patience_ends(serve_script: Callable[..., Scripted]) -> None:
         request_ensemble(server.url, _REQUEST, patience=_QUICK)
 
 
+def framed(first: int, count: int) -> bytes:
+    index = np.arange(first, first + count)
+    rotations = np.broadcast_to(index[:, None, None, None], (count, 4, 3, 3)).astype(np.float32)
+    return to_line(encode_chunk(index, {"positions": truth(index), "rotations": rotations}))
+
+
+def test_every_field_of_the_header_is_resumed_and_settled(serve_script: Callable[..., Scripted]) -> None:
+    said = {"fields": ["rotations"], "conditions": {"gap": 1.5}, "guidance": 2.0}
+
+    def whole(asked: dict[str, Any]) -> Answer:
+        first, num = asked["first_index"], asked["num"]
+        footer = to_line(Footer(count=num, cpu_seconds=1.0))
+        return Answer([header(asked, **said), framed(first, num), footer])
+
+    server = serve_script(lambda asked: Answer([header(asked, **said), framed(20, 4)]), whole)
+    ensemble = request_ensemble(server.url, _REQUEST, patience=_QUICK)
+    assert ensemble.rotations is not None
+    assert (ensemble.rotations == ensemble.index[:, None, None, None]).all()
+    assert ensemble.cell is None
+    assert (ensemble.provenance["conditions"], ensemble.provenance["guidance"]) == ({"gap": 1.5}, 2.0)
+    assert "conditions" not in server.asked[0]
+    assert (server.asked[1]["conditions"], server.asked[1]["guidance"]) == ({"gap": 1.5}, 2.0)
+
+
+def test_other_properties_are_not_mixed_in(serve_script: Callable[..., Scripted]) -> None:
+    changed = lambda asked: Answer([header(asked, conditions={"gap": 2.0}, guidance=1.0)])  # noqa: E731
+    server = serve_script(lambda asked: Answer([header(asked), chunk(20, 4)]), changed)
+    with pytest.raises(ServerError, match="the server changed"):
+        request_ensemble(server.url, _REQUEST, patience=_QUICK)
+
+
 def test_another_checkpoint_is_not_mixed_in(serve_script: Callable[..., Scripted]) -> None:
     changed = lambda asked: Answer([header(asked, checkpoint="other")])  # noqa: E731
     server = serve_script(lambda asked: Answer([header(asked), chunk(20, 4)]), changed)
@@ -187,6 +218,7 @@ def test_nobody_there_is_one_clear_line() -> None:
         lambda asked: Answer([header(asked, system=ETHER.to_dict()), chunk(20, 1)]),
         lambda asked: Answer([header(asked), to_line(Footer(count=9, cpu_seconds=0.0))]),
         lambda asked: Answer([header(asked), header(asked)]),
+        lambda asked: Answer([header(asked, fields=["rotations"]), chunk(20, 10)]),
     ],
 )
 def test_what_was_not_asked_for_is_refused(serve_script: Callable[..., Scripted], lie: Script) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from dig_scale.serving.schema import (
     decode_chunk,
     encode_chunk,
     parse_line,
+    sample_shape,
     to_line,
 )
 
@@ -39,14 +42,42 @@ _HEADER = Header(
 )
 
 
-@given(arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 5), st.just(3)), elements=st.floats(width=32)))
-def test_positions_cross_the_wire_bit_for_bit(positions: np.ndarray) -> None:
+@st.composite
+def samples(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    count, n_sites = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    fields = ("positions", *draw(st.sets(st.sampled_from(["rotations", "cell"]))))
+    shapes = {name: (count, *sample_shape(name, n_sites)) for name in fields}
+    return {name: draw(arrays(np.float32, shape, elements=st.floats(width=32))) for name, shape in shapes.items()}
+
+
+@given(samples())
+def test_every_field_crosses_the_wire_bit_for_bit(sent: dict[str, np.ndarray]) -> None:
+    positions = sent["positions"]
     index = np.arange(len(positions)) + 2**40
-    message = parse_line(to_line(encode_chunk(index, positions)))
+    message = parse_line(to_line(encode_chunk(index, sent)))
     assert isinstance(message, Chunk)
-    read_index, read = decode_chunk(message, positions.shape[1])
-    assert read.tobytes() == positions.tobytes()
+    read_index, read = decode_chunk(message, positions.shape[1], [name for name in sent if name != "positions"])
+    assert {name: values.tobytes() for name, values in read.items()} == {k: v.tobytes() for k, v in sent.items()}
+    assert {name: values.shape for name, values in read.items()} == {k: v.shape for k, v in sent.items()}
     assert read_index.tolist() == index.tolist()
+
+
+def test_what_is_not_used_is_not_sent_so_that_older_clients_read_the_rest() -> None:
+    older_header = set(Header.model_fields) - {"fields", "conditions", "guidance"}
+    assert set(json.loads(to_line(_HEADER))) == older_header
+    chunk = encode_chunk(np.arange(2), {"positions": np.zeros((2, 3, 3), np.float32)})
+    assert set(json.loads(to_line(chunk))) == {"index", "positions"}
+    crystal = _HEADER.model_copy(update={"fields": ["cell"], "conditions": {"gap": 1.0}, "guidance": 2.0})
+    assert parse_line(to_line(crystal)) == crystal
+
+
+def test_a_field_that_was_announced_and_does_not_come_is_named() -> None:
+    chunk = encode_chunk(np.arange(2), {"positions": np.zeros((2, 3, 3), np.float32)})
+    with pytest.raises(WireError, match="without the cell that the header announced"):
+        decode_chunk(chunk, 3, ["cell"])
+    short = encode_chunk(np.arange(1), {"positions": np.zeros((1, 3, 3)), "cell": np.zeros((1, 3, 2))})
+    with pytest.raises(WireError, match="24 bytes of cell, expected 36"):
+        decode_chunk(short, 3, ["cell"])
 
 
 @pytest.mark.parametrize(
@@ -74,6 +105,11 @@ def test_a_failure_is_never_read_as_a_footer() -> None:
         ({"steps": 0}, "steps"),
         ({"steps": 10**6}, "steps"),
         ({"chunk": 0}, "chunk"),
+        ({"guidance": -0.5}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"conditions": {"gap": "1"}}, "conditions"),
+        ({"conditions": {"gap": float("nan")}}, "conditions"),
+        ({"conditions": {f"p{i}": 1.0 for i in range(65)}}, "conditions"),
         ({"temperature": 300}, "temperature"),
         ({"system": 5}, "system"),
     ],

@@ -34,7 +34,7 @@ class Reader:
         event = self.events.get(timeout=_SECONDS)
         if isinstance(event, Samples):
             self.index += event.index.tolist()
-            self.positions += list(event.positions)
+            self.positions += list(event.arrays["positions"])
             self.worker.delivered(self.job.request_id, len(event.index))
         return event
 

@@ -1,0 +1,66 @@
+"""Reports of kinds and of several systems: one self-contained HTML page each, report.json and summary.png beside it.
+
+In: a KindEvaluation and a folder, or the reports of several systems. Out: files. As in report.py every number on a page stands
+in a <data> element that names its place in report.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dig_scale.evaluation import pictures
+from dig_scale.evaluation.kinds.evaluation import KindEvaluation
+from dig_scale.evaluation.report import HTML_NAME, JSON_NAME, Number, templates, write_json
+from dig_scale.evaluation.result import numbers
+from dig_scale.evaluation.side_by_side import DISTANCE_TITLES
+
+SUMMARY_NAME = "summary.png"
+
+
+def write_kind_report(evaluation: KindEvaluation, out: Path) -> Path:
+    """Write report.html, report.json and summary.png into `out` (made if absent) and return the path of the page."""
+    content = numbers(evaluation)
+    write_json(content, out)
+    sections = evaluation.findings.sections
+    page = out / HTML_NAME
+    page.write_text(
+        templates()
+        .get_template("kind.html.j2")
+        .render(
+            report=content,
+            number=Number(content),
+            titles=DISTANCE_TITLES,
+            pictures=[(one.figure and pictures.as_png(one.figure), one.caption) for one in sections],
+        )
+    )
+    drawn: list[Figure] = [one.figure for one in sections if one.figure is not None]
+    if drawn:
+        drawn[0].savefig(out / SUMMARY_NAME, format="png", dpi=150, facecolor="white")
+    return page
+
+
+def write_overview(pages: Mapping[str, Path], out: Path) -> Path:
+    """Write report.html and report.json that list the reports of several systems by name; returns the path of the page."""
+    systems = [_summary(name, page, out) for name, page in pages.items()]
+    content = {"systems": systems, "samples": sum(one["subject"]["samples"] for one in systems)}
+    write_json(content, out)
+    page = out / HTML_NAME
+    page.write_text(templates().get_template("overview.html.j2").render(report=content, number=Number(content)))
+    return page
+
+
+def _summary(name: str, page: Path, out: Path) -> dict[str, Any]:
+    report = json.loads(page.with_name(JSON_NAME).read_text())
+    words = report.get("findings", report)
+    return {
+        "name": name,
+        "page": os.path.relpath(page, out),
+        "subject": report["subject"],
+        "verdict": words["verdict"],
+    }
