@@ -1,4 +1,5 @@
-"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | serve | request | evaluate.
+"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | serve | request | evaluate, and
+import-weights, relabel, recipes, describe.
 
 Every command is a thin door to dig_scale.stages and the packages below. Bad input ends in one line with the next step.
 """
@@ -7,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from dig_scale.cli_data import Overrides, data, refuse
 from dig_scale.config import Recipe, Sample, SolverName, bundled_recipes, load_recipe
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
@@ -23,11 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(data)
+
 RecipeArgument = Annotated[str, typer.Argument(help="A .toml file or the name of a bundled recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe.")
-]
 Checkpoint = Annotated[Path, typer.Argument(help="A training folder or a model.safetensors.")]
+PublishedSamplerName = Literal["released", "probability-flow", "stochastic", "dpm", "heun"]
 SystemOption = Annotated[
     str | None,
     typer.Option("--system", help="Training system by name, a PDB, mmCIF, SDF or system .json file, or a sequence."),
@@ -68,44 +70,6 @@ def simulate(
     folder = out or default_folders(chosen.name).trajectories
     simulate_stage(chosen, folder)
     typer.echo(f"trajectories: {folder}")
-
-
-@app.command("import")
-def import_(
-    topology: Annotated[Path, typer.Argument(help="PDB, mmCIF or another topology that MDTraj reads.")],
-    trajectories: Annotated[list[Path], typer.Argument(help="Trajectory files, or .npy arrays [F, N, 3] with --unit.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of trajectories (default: runs/NAME/trajectories).")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the system; the topology file's when absent.")] = None,
-    sites: Annotated[
-        Literal["atoms", "beads"], typer.Option(help="Atoms, or coarse-grained beads bonded in a chain.")
-    ] = "atoms",
-    unit: Annotated[Literal["angstrom", "nanometre"] | None, typer.Option(help="Unit of .npy positions.")] = None,
-    forces: Annotated[list[Path] | None, typer.Option(help="Forces .npy, one per trajectory.")] = None,
-    force_unit: Annotated[
-        Literal["eV/angstrom", "kcal/mol/angstrom", "kJ/mol/nanometre"] | None, typer.Option()
-    ] = None,
-    frame_spacing_ps: Annotated[float | None, typer.Option(min=0, help="Where the format has no times.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="K, if known.")] = None,
-    select: Annotated[str | None, typer.Option(help='MDTraj atom selection, as in "protein".')] = None,
-) -> None:
-    """Import your own trajectories into the store that `simulate` writes."""
-    from dig_scale.importers.trajectory import ForceUnit, ImportOptions, LengthUnit, Sites, import_trajectory
-
-    options = ImportOptions(
-        temperature=temperature,
-        name=name,
-        sites=Sites(sites),
-        length_unit=LengthUnit(unit) if unit else None,
-        forces=tuple(forces or ()),
-        force_unit=ForceUnit(force_unit) if force_unit else None,
-        frame_spacing_ps=frame_spacing_ps,
-        selection=select,
-    )
-    folder = out or default_folders(name or topology.stem).trajectories
-    for store in import_trajectory(topology, trajectories, folder, options):
-        typer.echo(f"trajectory: {store}")
 
 
 @app.command()
@@ -185,18 +149,38 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="1 samples p(x | condition), more sharpens it, 0 ignores it.")
     ] = None,
+    representation: Annotated[
+        Path | None,
+        typer.Option(help="Of published networks: AlphaFold2's single and pair, .npz, .pkl or _single.npy."),
+    ] = None,
+    sequence: Annotated[
+        str | None, typer.Option(help="Of published networks: the protein, in one-letter codes.")
+    ] = None,
+    sampler: Annotated[
+        PublishedSamplerName | None, typer.Option(help="Of published networks; their own if absent.")
+    ] = None,
+    init_state: Annotated[
+        Path | None, typer.Option(help="Of published networks: start states to replay, .npz of theirs or ours.")
+    ] = None,
 ) -> None:
     """Draw an equilibrium ensemble: ensemble.npz, and files for other tools.
 
     Without --system, samples of a model of several systems are shared among them as their training frames are, each into
-    a folder of its own.
+    a folder of its own. Of a folder that import-weights wrote, proteins are sampled from AlphaFold2's representations.
     """
+    given: dict[str, object] = {"num": num, "seed": seed, "batch": batch}
+    trained = {"solver": solver, "steps": steps, "workers": workers, "guidance": guidance}
+    published = {"representation": representation, "sequence": sequence, "sampler": sampler, "init_state": init_state}
+    if (checkpoint / "published.json").is_file():
+        refuse(trained | {"system": system, "condition": condition}, "is not for published networks")
+        _sample_published(checkpoint, out, given | published)
+        return
+    refuse(published, f"is for folders that `dig-scale import-weights` wrote, and {checkpoint} is none")
     from dig_scale.model.checkpoint import load_checkpoint
     from dig_scale.stages import sample_stage, shared_out
 
     defaults = load_checkpoint(checkpoint).recipe.sample
-    given: dict[str, object] = {"num": num, "seed": seed, "solver": solver, "steps": steps, "batch": batch}
-    given |= {"workers": workers, "guidance": guidance}
+    given |= trained
     if condition:
         given["conditions"] = defaults.conditions | dict(_condition(text) for text in condition)
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -205,6 +189,23 @@ def sample(
     wanted = shared_out(checkpoint, system, settings, folder)
     for draws, ensemble in zip(wanted, sample_stage(wanted), strict=True):
         typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {draws.out}")
+
+
+def _sample_published(folder: Path, out: Path | None, options: dict[str, Any]) -> None:
+    from dig_scale.serving.published import PublishedSampler
+    from dig_scale.serving.published_run import PublishedDraws, sample_published_folder
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if "representation" not in given:
+        raise UserError(f"{folder} holds a published network: give AlphaFold2's output with --representation FILE")
+    if "sampler" in given:
+        given["sampler"] = PublishedSampler(given["sampler"])
+    target = out or folder / "ensemble"
+    with stage("sample") as report:
+        report(0, 1, f"published network in {folder}")
+        ensemble = sample_published_folder(PublishedDraws(folder, out=target, **given))
+        report(1, 1, f"{ensemble.n_samples} samples")
+    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {target}")
 
 
 def _condition(text: str) -> tuple[str, float]:
@@ -247,6 +248,8 @@ def request(
     seed: Annotated[int, typer.Option(min=0)] = 1,
     solver: Annotated[SolverName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
+    condition: Annotated[list[str] | None, typer.Option("--condition", metavar="NAME=VALUE")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0)] = None,
     token: Annotated[str | None, typer.Option(envvar="DIG_SCALE_TOKEN")] = None,
 ) -> None:
     """Ask a server for samples and write them as `sample` does."""
@@ -256,9 +259,18 @@ def request(
     from dig_scale.serving.client import request_ensemble
     from dig_scale.serving.schema import SamplesRequest
 
+    wanted = dict(_condition(text) for text in condition) if condition else None
     try:
         body = SamplesRequest(
-            system=system, sequence=sequence, smiles=smiles, num=num, seed=seed, solver=solver, steps=steps
+            system=system,
+            sequence=sequence,
+            smiles=smiles,
+            num=num,
+            seed=seed,
+            solver=solver,
+            steps=steps,
+            conditions=wanted,
+            guidance=guidance,
         )
     except ValidationError as error:
         raise UserError("; ".join(item["msg"] for item in error.errors())) from None
@@ -319,7 +331,8 @@ def main() -> None:
     try:
         app()
     except (UserError, ShardError) as error:
-        typer.echo(f"error: {error}", err=True)
+        words = " ".join(line.strip() for line in str(error).splitlines())
+        typer.echo(f"error: {words}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to carry on", err=True)

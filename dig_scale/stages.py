@@ -6,7 +6,7 @@ idempotent and carries on where a killed one stopped. Heavy packages are importe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from dig_scale.config import Evaluate, Recipe, Sample
 from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
-from dig_scale.progress import duration, stage
+from dig_scale.progress import Reporter, duration, stage
 from dig_scale.system import System
 
 if TYPE_CHECKING:
+    from dig_scale.config_surface import CalculatorSpec
     from dig_scale.evaluation.reference_files import ReferenceFile, ReferenceFrames
     from dig_scale.serving.offline import Draws
 
@@ -82,6 +83,40 @@ def import_stage(recipe: Recipe, out: Path) -> None:
         for number, entry in enumerate(recipe.imports):
             count += len(run_import(entry, out))
             report(number + 1, len(recipe.imports), f"{count} trajectories")
+
+
+def evenly_spread(number: int) -> Callable[[int], Sequence[int]]:
+    """Chooses `number` frames of any count, evenly spread, first and last among them; all where there are fewer."""
+
+    def chosen(count: int) -> Sequence[int]:
+        if number == 1 or count <= number:
+            return range(min(count, number))
+        return [round(k * (count - 1) / (number - 1)) for k in range(number)]
+
+    return chosen
+
+
+def relabel_stage(
+    folders: Sequence[Path],
+    choose: Callable[[int], Sequence[int]],
+    spec: CalculatorSpec,
+    out: Path,
+    actors: int | None = None,
+) -> list[Path]:
+    """Compute energies and forces of frames of all trajectories again; `choose` gives indices for a number of frames."""
+    from dig_shards.trajectory import TrajectoryReader
+
+    from dig_scale.records import find_trajectories
+    from dig_scale.simulation.relabel import ChosenFrames, RelabelOptions, relabel
+
+    with stage("relabel") as report:
+        paths = [path for folder in folders for path in find_trajectories(folder)]
+        chosen = [ChosenFrames(path, tuple(choose(TrajectoryReader(path).n_frames))) for path in paths]
+        count = sum(len(one.frames) for one in chosen)
+        report(0, 1, f"{count} frames of {len(paths)} trajectories")
+        stores = relabel(chosen, spec, out, RelabelOptions(actors=actors))
+        report(1, 1, f"{count} frames of {len(paths)} trajectories")
+    return stores
 
 
 def pack_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> None:
@@ -198,17 +233,29 @@ def evaluate_stage(
     alone = source.is_file() or (source / FILE_NAME).is_file()
     folders = [] if alone else sorted(path.parent for path in source.glob(f"*/{FILE_NAME}"))
     with stage("evaluate") as report:
-        if not folders:
-            page = _evaluated(source, reference, settings, out, file)
-        else:
-            from dig_scale.evaluation.kind_report import write_overview
-
-            pages = {}
-            for number, folder in enumerate(folders):
-                report(number, len(folders), f"{folder.name}, {number + 1} of {len(folders)} systems")
-                pages[folder.name] = _evaluated(folder, reference, settings, out / folder.name, file)
-            page = write_overview(pages, out)
+        if folders:
+            return _evaluated_each(folders, reference, settings, out, report)
+        page = _evaluated(source, reference, settings, out, file)
         report(1, 1, str(page))
+    return page
+
+
+def _evaluated_each(folders: Sequence[Path], reference: Path, settings: Evaluate, out: Path, report: Reporter) -> Path:
+    """Reports of several ensembles and their overview; one that cannot be compared is named there, if any can."""
+    from dig_scale.evaluation.kind_report import write_overview
+
+    pages: dict[str, Path] = {}
+    failed: dict[str, UserError] = {}
+    for number, folder in enumerate(folders):
+        report(number, len(folders), f"{folder.name}, {number + 1} of {len(folders)} systems")
+        try:
+            pages[folder.name] = _evaluated(folder, reference, settings, out / folder.name, None)
+        except UserError as error:
+            failed[folder.name] = error
+    if not pages:
+        raise next(iter(failed.values()))
+    page = write_overview(pages, {name: str(error) for name, error in failed.items()}, out)
+    report(1, 1, str(page))
     return page
 
 

@@ -19,8 +19,13 @@ _MOST_INTEGERS = 40
 _TAIL = 0.5
 
 
-def histograms_figure(observables: Sequence[Observable]) -> Figure:
-    """One panel per observable: the reference filled, or as lines where its values are few, and the model as an outline."""
+def histograms_figure(observables: Sequence[Observable]) -> Figure | None:
+    """One panel per observable that varies: the reference filled, or as lines where its values are few, the model outlined."""
+    observables = [
+        one for one in observables if np.ptp(np.concatenate([np.ravel(one.model), np.ravel(one.reference)])) > 0
+    ]
+    if not observables:
+        return None
     figure, axes = panels(len(observables), columns=min(3, max(2, len(observables))), height=2.1)
     for ax, one in zip(axes, observables, strict=True):
         _draw(ax, one)
@@ -62,10 +67,14 @@ def lateral_figure(maps: Sequence[np.ndarray], vectors: np.ndarray, titles: Sequ
         image = ax.pcolormesh(
             corners[..., 0], corners[..., 1], tiled, cmap="viridis", vmin=0, vmax=top, rasterized=True
         )
+        outline = 2 * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) @ vectors
+        ax.plot(*outline.T, color="#9aa5b1", lw=0.8)
         ax.plot(sites[:, 0], sites[:, 1], "o", mec=INK, mfc="white", ms=6, mew=1)
         ax.set(aspect="equal", facecolor="white")
+        ax.margins(0.05)
         ax.set_title(title, fontsize=10, color=INK, fontweight="bold")
         ax.set_xlabel("Å", fontsize=9, color=INK)
+        ax.set_ylabel("Å", fontsize=9, color=INK)
         tidy(ax)
     colour_bar(figure, image, axes, "−kT ln p (eV)")
     return figure

@@ -45,10 +45,11 @@ def write_kind_report(evaluation: KindEvaluation, out: Path) -> Path:
     return page
 
 
-def write_overview(pages: Mapping[str, Path], out: Path) -> Path:
-    """Write report.html and report.json that list the reports of several systems by name; returns the path of the page."""
+def write_overview(pages: Mapping[str, Path], failed: Mapping[str, str], out: Path) -> Path:
+    """Write report.html and report.json that list the reports of several systems by name, and why others have none."""
     systems = [_summary(name, page, out) for name, page in pages.items()]
-    content = {"systems": systems, "samples": sum(one["subject"]["samples"] for one in systems)}
+    samples = sum(one["subject"]["samples"] for one in systems)
+    content = {"systems": systems, "failed": dict(failed), "samples": samples}
     write_json(content, out)
     page = out / HTML_NAME
     page.write_text(templates().get_template("overview.html.j2").render(report=content, number=Number(content)))
@@ -57,10 +58,6 @@ def write_overview(pages: Mapping[str, Path], out: Path) -> Path:
 
 def _summary(name: str, page: Path, out: Path) -> dict[str, Any]:
     report = json.loads(page.with_name(JSON_NAME).read_text())
-    words = report.get("findings", report)
-    return {
-        "name": name,
-        "page": os.path.relpath(page, out),
-        "subject": report["subject"],
-        "verdict": words["verdict"],
-    }
+    found = report.get("findings", report)
+    link = os.path.relpath(page, out)
+    return {"name": name, "page": link, "subject": report["subject"], "verdict": found["verdict"]}

@@ -24,7 +24,7 @@ from dig_scale.system import Frames, System
 
 FEW_FRAMES = 20
 """A reference of fewer frames is a list of known structures, not a distribution."""
-MIN_SAMPLES = 2
+FLOOR_DRAWS = 10
 SET_TITLES = {
     "model": "Model",
     "md": "Reference",
@@ -60,20 +60,22 @@ class Reference:
 
 @dataclass(frozen=True)
 class Sets:
-    """Samples and reference frames, and the reference's parts as indices: first_half, second_half, subsample, or none."""
+    """Samples and reference frames, and the reference's parts as indices: first_half, second_half, subsample, or none; draws
+    [FLOOR_DRAWS, S] are subsamples, of which the first is that part.
+    """
 
     model: Frames
     reference: Frames
     parts: Mapping[str, np.ndarray]
-
-    def each(self, measure: Callable[[Frames], float]) -> Numbers:
-        """A number of every set; None for the parts that there are not."""
-        given = {name: measure(taken(self.reference, rows)) for name, rows in self.parts.items()}
-        return dict.fromkeys(SET_TITLES) | {"model": measure(self.model), "md": measure(self.reference)} | given
+    draws: np.ndarray
 
     def distances(self, distance: Callable[[Frames, Frames], float]) -> Numbers:
         """A distance of the model from the reference, and its yardsticks."""
-        return _distances(self.model, self.reference, lambda rows: taken(self.reference, rows), self.parts, distance)
+        if not self.parts:
+            return dict.fromkeys(DISTANCE_TITLES)
+        first, second, drawn = (taken(self.reference, rows) for rows in self.parts.values())
+        pairs = ((self.model, self.reference), (first, second), (drawn, self.reference))
+        return {name: distance(*pair) for name, pair in zip(DISTANCE_TITLES, pairs, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,15 @@ def reference_of(system: System, trajectories: Sequence[Frames], temperature: fl
 
 
 def samples_of(ensemble: Ensemble) -> Frames:
-    """The finite samples of an ensemble as Frames; raises UserError where fewer than MIN_SAMPLES are."""
+    """The finite samples of an ensemble as Frames; raises UserError where none is."""
     finite = np.ones(ensemble.n_samples, bool)
     for values in (ensemble.positions, ensemble.rotations, ensemble.cell):
         if values is not None:
             finite &= np.isfinite(values).reshape(len(values), -1).all(axis=1)
-    if finite.sum() < MIN_SAMPLES:
+    if not finite.any():
         raise UserError(
-            f"ensemble of {ensemble.system.name!r}: {int(finite.sum())} of {ensemble.n_samples} samples are finite, at least "
-            f"{MIN_SAMPLES} are needed; sample again or look at the training log"
+            f"ensemble of {ensemble.system.name!r}: none of {ensemble.n_samples} samples is finite; sample again or look at "
+            "the training log"
         )
     whole = Frames(
         ensemble.positions.astype(np.float64),
@@ -187,15 +189,16 @@ def alternating_sets(model: Frames, reference: Reference, seed: int) -> Sets:
 
 
 def means_table(title: str, observables: Sequence[Observable], sets: Sets, note: str = "") -> Table:
-    """Mean and standard deviation of every observable in every set."""
+    """Mean and standard deviation of every observable in every set that there is."""
     rows = []
     for one in observables:
         values = {"model": one.model, "md": one.reference}
         values |= {name: one.reference[part] for name, part in sets.parts.items()}
         means = {name: _mean(found) for name, found in values.items()}
         spread = {name: float(np.std(found)) for name, found in values.items() if one.is_drawn and found.size}
-        rows.append(Row(one.label, one.format, dict.fromkeys(SET_TITLES) | means, spread))
-    return Table(title, SET_TITLES, tuple(rows), note)
+        rows.append(Row(one.label, one.format, means, spread))
+    columns = {name: text for name, text in SET_TITLES.items() if name in ("model", "md", *sets.parts)}
+    return Table(title, columns, tuple(rows), note)
 
 
 def distance_table(title: str, observables: Sequence[Observable], sets: Sets, note: str = "") -> Table:
@@ -205,8 +208,12 @@ def distance_table(title: str, observables: Sequence[Observable], sets: Sets, no
 
 
 def observed_distances(one: Observable, sets: Sets) -> Numbers:
-    """Wasserstein-1 distances of one observable, in its unit."""
-    return _distances(one.model, one.reference, lambda rows: one.reference[rows], sets.parts, _wasserstein)
+    """Wasserstein-1 distances of one observable, in its unit; the floor is the mean over FLOOR_DRAWS subsamples."""
+    if not sets.parts:
+        return dict.fromkeys(DISTANCE_TITLES)
+    halves = (one.reference[sets.parts[name]] for name in ("first_half", "second_half"))
+    floor = np.mean([_wasserstein(one.reference[rows], one.reference) for rows in sets.draws])
+    return {"model": _wasserstein(one.model, one.reference), "halves": _wasserstein(*halves), "subsample": float(floor)}
 
 
 def taken(frames: Frames, rows: np.ndarray) -> Frames:
@@ -261,26 +268,11 @@ def in_words(headline: Headline) -> str:
 
 def _sets(model: Frames, reference: Reference, in_first: np.ndarray, seed: int) -> Sets:
     count = reference.frames.n_frames
+    draws = np.random.default_rng(seed).integers(count, size=(FLOOR_DRAWS, model.n_frames))
     if reference.is_few:
-        return Sets(model, reference.frames, {})
-    drawn = np.random.default_rng(seed).integers(count, size=model.n_frames)
+        return Sets(model, reference.frames, {}, draws)
     halves = {"first_half": np.flatnonzero(in_first), "second_half": np.flatnonzero(~in_first)}
-    return Sets(model, reference.frames, {**halves, "subsample": drawn})
-
-
-def _distances(
-    model: Any,
-    reference: Any,
-    part: Callable[[np.ndarray], Any],
-    parts: Mapping[str, np.ndarray],
-    distance: Callable[[Any, Any], float],
-) -> Numbers:
-    found: dict[str, float | None] = dict.fromkeys(DISTANCE_TITLES)
-    found["model"] = distance(model, reference) if len(parts) else None
-    if parts:
-        found["halves"] = distance(part(parts["first_half"]), part(parts["second_half"]))
-        found["subsample"] = distance(part(parts["subsample"]), reference)
-    return found
+    return Sets(model, reference.frames, {**halves, "subsample": draws[0]}, draws)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -139,7 +139,7 @@ def _check_pdb_lines(path: Path, text: str) -> None:
     lines = text.rstrip().splitlines()
     for number, line in enumerate(lines, 1):
         if line.startswith(("ATOM  ", "HETATM")):
-            _check_coordinates(path, number, line)
+            check_coordinates(path, number, line)
             atoms = {*(atoms if residue == line[17:27] else ()), line[12:16].strip()}
             last, residue = number, line[17:27]
         open_models += line.startswith("MODEL ") - line.startswith("ENDMDL")
@@ -150,7 +150,8 @@ def _check_pdb_lines(path: Path, text: str) -> None:
         raise UserError(f"{path}: line {last} ({residue}): the file is cut off here; get it whole")
 
 
-def _check_coordinates(path: Path, number: int, line: str) -> None:
+def check_coordinates(path: Path, number: int, line: str) -> None:
+    """Raises UserError where an ATOM or HETATM line of a PDB file (its `number`) has no three finite numbers for its place."""
     try:
         finite = len(line) >= 54 and math.isfinite(float(line[30:38]) + float(line[38:46]) + float(line[46:54]))
     except ValueError:

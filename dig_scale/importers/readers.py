@@ -6,11 +6,16 @@ one function here; its options are those of the importer behind it, and an unkno
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
-from dataclasses import fields
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from dig_scale.config import Import
 from dig_scale.errors import UserError
@@ -21,8 +26,37 @@ Options = TypeVar("Options")
 
 
 def run_import(entry: Import, out: Path) -> list[Path]:
-    """The stores of one entry below `out`; raises UserError naming file and place."""
-    return READERS[entry.reader](entry.model_copy(update={"files": tuple(map(_filled, entry.files))}), out)
+    """The stores of one entry below `out`: all of them, or none beside those that were there.
+
+    Raises UserError naming file and place.
+    """
+    filled = entry.model_copy(update={"files": tuple(map(_filled, entry.files))})
+    with all_or_nothing(out):
+        return READERS[entry.reader](filled, out)
+
+
+@contextmanager
+def all_or_nothing(out: Path) -> Iterator[None]:
+    """Removes the stores below `out` that were not there before, where what is done in it fails."""
+    before = _stores(out)
+    try:
+        yield
+    except Exception:
+        _remove(_stores(out) - before)
+        raise
+
+
+def _stores(out: Path) -> set[Path]:
+    return set(out.glob("*/*.zarr"))
+
+
+def _remove(stores: set[Path]) -> None:
+    """Remove stores, and their folders where these are empty then."""
+    for store in stores:
+        shutil.rmtree(store)
+    for folder in {store.parent for store in stores}:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _filled(path: Path) -> Path:
@@ -40,7 +74,29 @@ def _options(kind: Callable[..., Options], entry: Import) -> Options:
     if unknown:
         listed = ", ".join(sorted(known))
         raise UserError(f"imports, reader {entry.reader!r}: no option {unknown[0]!r}; options are {listed}")
-    return kind(**entry.options)
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(entry, name, hints[name], value) for name, value in entry.options.items()})
+
+
+def _typed(entry: Import, name: str, kind: Any, value: Any) -> Any:
+    """The value of an option as what the importer takes: tuples, enumerations and nested options from plain data."""
+    place = f"imports, reader {entry.reader!r}, option {name!r}"
+    nested = [one for one in (kind, *get_args(kind)) if is_dataclass(one)]
+    unknown = (
+        sorted(set(value) - {field.name for one in nested for field in fields(one)})
+        if isinstance(value, Mapping)
+        else []
+    )
+    if nested and unknown:
+        raise UserError(f"{place}: no entry {unknown[0]!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{place}: {value} is not a finite number")
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except PydanticSchemaGenerationError:
+        raise UserError(f"{place}: cannot be given in a recipe") from None
+    except ValidationError as error:
+        raise UserError(f"{place}: {value!r}: {error.errors()[0]['msg']}") from None
 
 
 def _name(entry: Import) -> str:
@@ -127,7 +183,7 @@ def _no_options(entry: Import) -> dict[str, Any]:
     unknown = sorted(set(entry.options) - {"frame_spacing_ps"})
     if unknown:
         raise UserError(f"imports, reader {entry.reader!r}: no option {unknown[0]!r}; options are frame_spacing_ps")
-    return entry.options
+    return {name: _typed(entry, name, float, value) for name, value in entry.options.items()}
 
 
 READERS: dict[str, Callable[[Import, Path], list[Path]]] = {

@@ -22,6 +22,7 @@ from scipy.spatial import cKDTree
 
 from dig_scale.errors import UserError
 from dig_scale.importers import residues
+from dig_scale.importers.backbone_file import check_coordinates
 from dig_scale.system import SiteRole, System, SystemKind
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _LONGEST_PEPTIDE_BOND = 2.0
 _LONGEST_DISULPHIDE = 2.5
 _BOND_TOLERANCE = 0.4
+_PDB = (".pdb", ".ent")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,19 @@ def read_structure(path: Path) -> gemmi.Structure:
 
     if not path.is_file():
         raise UserError(f"no structure file at {path}")
+    if path.suffix.lower() in _PDB:  # gemmi reads what is no number as 0
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if line.startswith(("ATOM  ", "HETATM")):
+                check_coordinates(path, number, line)
     try:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a PDB or mmCIF file: {error}") from error
     if not len(structure) or not structure[0].count_atom_sites():
         raise UserError(f"{path}: holds no atoms; expected a PDB or mmCIF file")
+    for place in structure[0].all():
+        if not np.isfinite(place.atom.pos.tolist()).all():
+            raise UserError(f"{path}: the coordinates of {place} are not finite; the file is damaged")
     while len(structure) > 1:
         del structure[-1]
     structure.remove_alternative_conformations()

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from dig_scale.errors import UserError
 from dig_scale.records import packed_system
 from dig_scale.serving.schema import MAX_SITES, SamplesRequest
@@ -21,6 +23,8 @@ from dig_scale.system import System
 
 LOGGER = logging.getLogger(__name__)
 _BOND_ORDERS = {0, 1, 2, 3, 4}
+_LOWEST_CELL = 1.0
+"""Å; the number of images within the cutoff grows as cells get flatter."""
 
 
 class RequestError(UserError):
@@ -86,6 +90,12 @@ def _inline(content: dict[str, Any]) -> System:
     wrong = sorted(set(system.bond_orders.tolist()) - _BOND_ORDERS)
     if wrong:
         raise UserError(f"system {system.name!r}, bond_orders: found {wrong}, expected 0 (unknown) to 4 (aromatic)")
+    if system.cell is not None:
+        heights = 1 / np.linalg.norm(np.linalg.inv(system.cell), axis=0)
+        if heights.min() < _LOWEST_CELL:
+            raise UserError(
+                f"system {system.name!r}, cell: its faces are {heights.min():.3g} Å apart, expected at least {_LOWEST_CELL:g}"
+            )
     return system
 
 

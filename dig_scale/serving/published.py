@@ -86,6 +86,11 @@ def init_state_arrays(state: State, sample: int) -> dict[str, np.ndarray]:
     return {"tr": state.positions[sample].numpy(), "rot_mat": turned.numpy()}
 
 
+def default_sampler(kind: PublishedKind) -> PublishedSampler:
+    """The sampler that was published with a network of proteins."""
+    return PublishedSampler.DPM if kind is PublishedKind.BIOEMU else PublishedSampler.RELEASED
+
+
 def sample_published(
     published: PublishedModel,
     representation: Representation,
@@ -101,7 +106,7 @@ def sample_published(
 
     `start` [num] replaces the prior. Raises UserError where network, sampler and representation do not go together.
     """
-    chosen = sampler or (PublishedSampler.DPM if published.kind is PublishedKind.BIOEMU else PublishedSampler.RELEASED)
+    chosen = sampler or default_sampler(published.kind)
     allowed: dict[Any, Any] = {PublishedKind.DIG_PROTEIN: _PROTEIN_SAMPLERS, PublishedKind.BIOEMU: _BIOEMU_SAMPLERS}
     if chosen not in allowed.get(published.kind, {}):
         names = [name.value for name in allowed.get(published.kind, {})] or "none, it is no network of proteins"

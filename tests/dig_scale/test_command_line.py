@@ -20,7 +20,8 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("run", "simulate", "import", "pack", "verify", "train", "sample", "serve", "request", "evaluate"):
+    every = "run simulate import import-weights relabel pack verify train sample serve request evaluate"
+    for command in every.split():
         assert f" {command} " in text
 
 

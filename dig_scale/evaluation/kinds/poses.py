@@ -13,7 +13,7 @@ import numpy as np
 
 from dig_scale.config import Evaluate
 from dig_scale.evaluation import poses
-from dig_scale.evaluation.formats import percent
+from dig_scale.evaluation.formats import counted, percent
 from dig_scale.evaluation.kind_pictures import histograms_figure
 from dig_scale.evaluation.reference import match_sites
 from dig_scale.evaluation.side_by_side import (
@@ -36,6 +36,8 @@ from dig_scale.system import Frames, System
 POSES_CHECKED = 30
 """Samples, and reference frames, that PoseBusters looks at."""
 BEST_OF = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_FIXED = 1e-3
+"""Å; a pocket that moves less is held fixed."""
 _LABELS = {
     "rmsd": "RMSD of the ligand in place (Å)",
     "conformer_rmsd": "RMSD of the conformer (Å)",
@@ -99,7 +101,7 @@ def _observables(system: System, accuracy: poses.PoseAccuracy, reference: Refere
     observables = [
         Observable(label, getattr(accuracy, name), measured[name], "number" if name == "clashes" else "length")
         for name, label in _LABELS.items()
-        if name != "pocket_rmsd" or accuracy.pocket_rmsd.any()
+        if name != "pocket_rmsd" or (accuracy.pocket_rmsd > _FIXED).any()
     ]
     near = accuracy.rmsd < poses.GOOD_POSE
     known_near = measured["rmsd"] < poses.GOOD_POSE if len(measured["rmsd"]) else measured["rmsd"]
@@ -121,13 +123,15 @@ def _checked(system: System, samples: np.ndarray, known: np.ndarray) -> list[Sec
         return []
     chosen = [values[spread_out(len(values), POSES_CHECKED)] for values in (samples, known)]
     model, reference = (poses.posebusters_checks(system, values, depth=poses.CheckDepth.FAST) for values in chosen)
-    both = [
-        Row(name.replace("_", " "), "percent", {"model": share, "md": reference.fractions().get(name)})
+    shares = {
+        name.replace("_", " "): {"model": share, "md": reference.fractions().get(name)}
         for name, share in model.fractions().items()
-    ]
+    }
+    failed = [Row(name, "percent", values) for name, values in shares.items() if set(values.values()) != {1.0}]
     every = {"model": float(model.valid.mean()), "md": float(reference.valid.mean())}
-    rows = (Row("all checks", "percent", every), *both)
-    note = f"{len(chosen[0])} samples and {len(chosen[1])} reference frames, evenly chosen; without the conformer's energy."
+    rows = (Row(f"all {len(shares)} checks", "percent", every), *failed)
+    looked = f"{len(chosen[0])} samples and {counted(len(chosen[1]), 'reference frame')}, evenly chosen"
+    note = f"{looked}; without the conformer's energy. Checks that all of them pass are not listed."
     columns = {"model": "Model", "md": "Reference"}
     return [Section("PoseBusters", (Table("Share of poses that pass", columns, rows, note),))]
 

@@ -37,6 +37,7 @@ VISIT = 2.0
 """Å; a sample nearer to a state than this counts as a visit."""
 MAX_PAIRS = 20_000
 """Pairs of residues whose distances are compared at most; of more, a random choice."""
+MAX_STATES_DRAWN = 6
 _NOTES = (
     (
         "Sound",
@@ -106,7 +107,7 @@ def _divergence(system: System, sets: Sets, reference: Reference, settings: Eval
 
 
 def _distances(headline: Headline, observables: list[Observable], sets: Sets) -> Section:
-    divergences = Row(headline.about.split(",")[0], headline.format, headline.distances)
+    divergences = Row("mean over pairs of residues", headline.format, headline.distances)
     return Section(
         "Distributions",
         (
@@ -120,25 +121,26 @@ def _distances(headline: Headline, observables: list[Observable], sets: Sets) ->
 
 def _states(model: Frames, reference: Reference) -> Section:
     states = reference.frames.positions
-    rows, columns = [], {"model": "Closest sample", "median": "Median sample"}
-    columns |= {"within": f"Samples within {VISIT:g} Å", "others": "Nearest other state"}
     away = np.stack([proteins.ca_rmsd(model.positions, state) for state in states])
     between = np.stack([proteins.ca_rmsd(states, state) for state in states])
     np.fill_diagonal(between, np.inf)
+    near, visits = [], []
     for number, rmsd in enumerate(away):
         other = float(between[number].min()) if len(states) > 1 else None
         values = {"model": float(rmsd.min()), "median": float(np.median(rmsd)), "others": other}
-        rows.append(Row(f"state {number + 1}, C-alpha RMSD (Å)", "length", {**values, "within": None}))
-        shares = dict.fromkeys(columns) | {"within": float((rmsd < VISIT).mean())}
-        rows.append(Row(f"state {number + 1}, visits", "percent", shares))
+        near.append(Row(f"state {number + 1}", "length", values))
+        visits.append(Row(f"state {number + 1}", "percent", {"model": float((rmsd < VISIT).mean())}))
+    columns = {"model": "Closest sample", "median": "Median sample", "others": "Nearest other state"}
+    tables = (
+        Table("C-alpha RMSD from each state (Å)", columns, tuple(near)),
+        Table("Visits", {"model": f"Samples within {VISIT:g} Å"}, tuple(visits)),
+    )
     panels = [
         Observable(f"C-alpha RMSD from state {number + 1} (Å)", rmsd, between[number][np.isfinite(between[number])])
-        for number, rmsd in enumerate(away[:6])
+        for number, rmsd in enumerate(away[:MAX_STATES_DRAWN])
     ]
     caption = "Samples, % per bin; grey lines: the other states."
-    return Section(
-        "Known states", (Table("Samples about each state", columns, tuple(rows)),), histograms_figure(panels), caption
-    )
+    return Section("Known states", tables, histograms_figure(panels), caption)
 
 
 def _contacts(sets: Sets) -> Section:
@@ -164,8 +166,7 @@ def _verdict(
     soundness = f"{percent(model)} of the samples are sound, of the reference {percent(known)}."
     if headline is not None:
         return [in_words(headline), soundness]
-    visits = [row.values["within"] or 0.0 for row in first.tables[0].rows if row.format == "percent"]
-    closest = [row.values["model"] or 0.0 for row in first.tables[0].rows if row.format == "length"]
-    reached = sum(value > 0 for value in visits)
-    said = ", ".join(f"{value:.2f} Å" for value in closest[:6])
-    return [f"Samples come within {VISIT:g} Å of {reached} of {len(visits)} known states (closest: {said}).", soundness]
+    near, shares = ([row.values["model"] or 0.0 for row in table.rows] for table in first.tables)
+    reached = sum(share > 0 for share in shares)
+    said = ", ".join(f"{value:.2f} Å" for value in near[:MAX_STATES_DRAWN])
+    return [f"Samples come within {VISIT:g} Å of {reached} of {len(shares)} known states (closest: {said}).", soundness]

@@ -8,7 +8,6 @@ Files are unpickled with weights_only, so they cannot run code.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -66,11 +65,18 @@ def load_published(path: Path, config_path: Path | None = None) -> PublishedMode
     kind = recognise(content, path)
     state = _prepared(content, kind, path)
     config = _bioemu_config(path, config_path) if kind is PublishedKind.BIOEMU else None
+    return published_from_state(kind, state, config, path)
+
+
+def published_from_state(
+    kind: PublishedKind, state: State, config: BioEmuConfig | None, source: Path
+) -> PublishedModel:
+    """The network of this kind with these tensors; raises UserError naming the source and the keys that do not fit."""
     with torch.device("meta"):
         net = _build(kind, state, config)
-    _check(net, state, kind, path)
+    _check(net, state, kind, source)
     net.load_state_dict(state, strict=True, assign=True)
-    return PublishedModel(kind, net.eval(), path, config)
+    return PublishedModel(kind, net.eval(), source, config)
 
 
 def recognise(content: State, path: Path) -> PublishedKind:
@@ -96,7 +102,7 @@ def _read(path: Path) -> State:
         raise UserError(f"no checkpoint at {path}: give the published file itself")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged file raises anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read as a file of tensors alone ({reason})") from None
     state = _unwrapped(content)

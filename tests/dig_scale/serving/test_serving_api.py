@@ -129,6 +129,7 @@ def test_a_full_queue_answers_429_with_retry_after(http: httpx.Client) -> None:
         ({"system": BUTANE.to_dict() | {"bonds": "none"}}, 422, "system"),
         ({"system": BUTANE.to_dict() | {"kind": "crystal"}}, 422, "system"),
         ({"system": BUTANE.to_dict() | {"bond_orders": [1, 9, 1]}}, 422, "system"),
+        ({"system": BUTANE.to_dict() | {"cell": [[9, 0, 0], [9, 0.1, 0], [0, 0, 9]]}}, 422, "system"),
         ({"system": "butane", "conditions": {"gap": 1.0}}, 422, "conditions"),
         ({"smiles": "not a molecule"}, 422, "smiles"),
         ({"sequence": "ACE-XXX-NME"}, 422, "sequence"),
