@@ -22,6 +22,10 @@ from dig_scale.diffusion.process import Process
 from dig_scale.geometry.lattice import cell_from_log, cell_to_symmetric, log_cell, wrap
 
 
+FARTHEST = 8.0
+"""Spreads; a cell farther from the typical one is none that a sampler should follow: it has no room, or no neighbours."""
+
+
 class Parametrisation(Protocol):
     """Between a network's answer and a score; x [B, ...] is the noised field, t [B]."""
 
@@ -107,8 +111,9 @@ class CellCoordinates:
         return {"fractional": kept, "lattice": (logarithm - self._typical(present, cell)) / self.spread}
 
     def cell(self, lattice: Tensor, present: Tensor) -> Tensor:
-        """Symmetric cells [B, 3, 3] Å of coordinates."""
-        return cell_from_log(lattice * self.spread + self._typical(present, lattice))
+        """Symmetric cells [B, 3, 3] Å of coordinates, which count for at most FARTHEST."""
+        held = lattice.clamp(-FARTHEST, FARTHEST)
+        return cell_from_log(held * self.spread + self._typical(present, lattice))
 
     def _typical(self, present: Tensor, like: Tensor) -> Tensor:
         edge = (present.sum(1) * self.volume_per_site).to(like.dtype) ** (1 / 3)

@@ -57,7 +57,7 @@ def matrices_figure(reference: np.ndarray, model: np.ndarray, axis: str, meaning
 
 def lateral_figure(maps: Sequence[np.ndarray], vectors: np.ndarray, titles: Sequence[str], sites: np.ndarray) -> Figure:
     """Free-energy maps [n, n] eV over 2 x 2 primitive cells of a surface, vectors [2, 2] Å; sites [K, 2] Å of top atoms."""
-    figure = Figure(figsize=(4.6 * len(maps) + 1.0, 3.9), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(maps) + 1.0, 3.1), layout="constrained")
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     top = max(0.02, max(float(np.nanmax(values)) for values in maps))
     for ax, values, title in zip(axes, maps, titles, strict=True):
@@ -69,9 +69,8 @@ def lateral_figure(maps: Sequence[np.ndarray], vectors: np.ndarray, titles: Sequ
         )
         outline = 2 * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) @ vectors
         ax.plot(*outline.T, color="#9aa5b1", lw=0.8)
-        ax.plot(sites[:, 0], sites[:, 1], "o", mec=INK, mfc="white", ms=6, mew=1)
+        ax.plot(sites[:, 0], sites[:, 1], "o", mec=INK, mfc="white", ms=6, mew=1, clip_on=False, zorder=3)
         ax.set(aspect="equal", facecolor="white")
-        ax.margins(0.05)
         ax.set_title(title, fontsize=10, color=INK, fontweight="bold")
         ax.set_xlabel("Å", fontsize=9, color=INK)
         ax.set_ylabel("Å", fontsize=9, color=INK)

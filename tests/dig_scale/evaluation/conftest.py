@@ -70,7 +70,7 @@ def system_of(trajectory: Any, centres: list[tuple[int, int, int, int]]) -> Syst
     positions = 10 * trajectory.xyz[0]
     return System(
         name="real",
-        kind=SystemKind.PROTEIN,
+        kind=SystemKind.MOLECULE,
         elements=[atom.element.atomic_number for atom in topology.atoms],
         atom_names=tuple(atom.name for atom in topology.atoms),
         residue_names=tuple(atom.residue.name for atom in topology.atoms),

@@ -114,7 +114,7 @@ def test_same_sequence_gives_the_same_system() -> None:
     spec = SystemSpec(name="ala2", sequence="ACE-ALA-NME")
     one, two = system_from_spec(spec), system_from_spec(spec)
     assert one.system_id == two.system_id
-    assert one.kind is SystemKind.PROTEIN
+    assert one.kind is SystemKind.MOLECULE
     assert one.n_sites == 22
 
 
