@@ -21,7 +21,6 @@ from dig_scale.diffusion.euclidean import centred, per_sample
 from dig_scale.diffusion.process import Process
 from dig_scale.geometry.lattice import cell_from_log, cell_to_symmetric, log_cell, wrap
 
-
 FARTHEST = 8.0
 """Spreads; a cell farther from the typical one is none that a sampler should follow: it has no room, or no neighbours."""
 
