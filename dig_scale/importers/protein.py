@@ -19,9 +19,10 @@ import numpy as np
 from dig_scale.config import Simulate
 from dig_scale.errors import InvalidSystemError, UserError
 from dig_scale.importers import residues
+from dig_scale.importers.atoms import bonds_of, system_of_atoms
 from dig_scale.importers.completion import complete_heavy_atoms
 from dig_scale.importers.sequence import backbone, parse_sequence
-from dig_scale.system import System, SystemKind
+from dig_scale.system import System
 from dig_scale.units import ANGSTROM_PER_NM
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _complete(name: str, fixer: PDBFixer, simulate: Simulate, origin: dict[str, 
 
     topology, placed = complete_heavy_atoms(fixer, origin["source"])
     modeller = app.Modeller(topology, placed / ANGSTROM_PER_NM)
-    with _repeatable_random():
+    with repeatable_random():
         modeller.addHydrogens(pH=_PH, platform=_platform())
     positions = _minimised(name, modeller, simulate)
     system = _to_system(name, modeller.topology, positions, origin)
@@ -82,32 +83,8 @@ def _require_same_chirality(system: System, topology: Topology, placed: np.ndarr
 
 
 def _to_system(name: str, topology: Topology, positions: np.ndarray, origin: dict[str, Any]) -> System:
-    listed = list(topology.atoms())
-    pairs = [sorted((bond[0].index, bond[1].index)) for bond in topology.bonds()]
-    atoms = residues.NamedAtoms(
-        elements=np.array([atom.element.atomic_number for atom in listed]),
-        atom_names=tuple(atom.name for atom in listed),
-        residue_names=tuple(atom.residue.name for atom in listed),
-        residue_index=np.array([atom.residue.index for atom in listed]),
-        bonds=np.unique(np.array(pairs, dtype=np.int64).reshape(-1, 2), axis=0),
-    )
-    orders = residues.bond_orders(atoms)
-    return System(
-        name=name,
-        kind=SystemKind.MOLECULE,
-        elements=atoms.elements,
-        atom_names=atoms.atom_names,
-        residue_names=atoms.residue_names,
-        residue_index=atoms.residue_index,
-        chain_index=np.array([atom.residue.chain.index for atom in listed]),
-        bonds=atoms.bonds,
-        bond_orders=orders,
-        formal_charges=residues.formal_charges(atoms, orders),
-        stereocentres=residues.stereocentres(atoms, positions),
-        mobile=np.ones(len(listed), dtype=bool),
-        reference_positions=positions,
-        origin=origin,
-    )
+    bonds = bonds_of((bond[0], bond[1]) for bond in topology.bonds())
+    return system_of_atoms(name, list(topology.atoms()), bonds, positions, origin)
 
 
 def _minimised(name: str, modeller: Any, simulate: Simulate) -> np.ndarray:
@@ -157,7 +134,7 @@ def _platform() -> Any:
 
 
 @contextmanager
-def _repeatable_random() -> Iterator[None]:
+def repeatable_random() -> Iterator[None]:
     """Modeller places hydrogens with Python's own generator: the same input must give the same System."""
     state = random.getstate()
     random.seed(0)

@@ -10,9 +10,6 @@ residues that are no amino acid are left out, and said in the origin.
 from __future__ import annotations
 
 import io
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +19,10 @@ import numpy as np
 from openmm import app
 
 from dig_scale.importers import residues
+from dig_scale.importers.atoms import bonds_of, system_of_atoms
 from dig_scale.importers.completion import complete_heavy_atoms
 from dig_scale.importers.molecule import molecule_names, read_molecules, systems_from_file
+from dig_scale.importers.protein import repeatable_random
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.system import SiteRole, System, SystemKind
 from dig_scale.units import ANGSTROM_PER_NM
@@ -155,35 +154,13 @@ def _rows(residue: str, number: int, places: dict[str, np.ndarray]) -> list[str]
 def _pocket(name: str, text: str, protein: Path) -> System:
     topology, placed = complete_heavy_atoms(_fixer(text), protein.name)
     modeller = app.Modeller(topology, placed / ANGSTROM_PER_NM)
-    with _repeatable_random():
+    with repeatable_random():
         modeller.addHydrogens(pH=_PH, platform=_reference_platform())
     atoms = list(modeller.topology.atoms())
     positions = np.array(modeller.positions._value) * ANGSTROM_PER_NM
-    pairs = [sorted((bond[0].index, bond[1].index)) for bond in modeller.topology.bonds()]
-    named = residues.NamedAtoms(
-        elements=np.array([atom.element.atomic_number for atom in atoms]),
-        atom_names=tuple(atom.name for atom in atoms),
-        residue_names=tuple(atom.residue.name for atom in atoms),
-        residue_index=np.array([atom.residue.index for atom in atoms]),
-        bonds=np.unique(np.array(pairs, dtype=np.int64).reshape(-1, 2), axis=0),
-    )
-    orders = residues.bond_orders(named)
-    return System(
-        name=name,
-        kind=SystemKind.MOLECULE,
-        elements=named.elements,
-        atom_names=named.atom_names,
-        residue_names=named.residue_names,
-        residue_index=named.residue_index,
-        chain_index=np.array([atom.residue.chain.index for atom in atoms]),
-        bonds=named.bonds,
-        bond_orders=orders,
-        formal_charges=residues.formal_charges(named, orders),
-        stereocentres=residues.stereocentres(named, positions),
-        mobile=named.elements == 1,
-        reference_positions=np.round(positions, 4),
-        roles=np.full(len(atoms), SiteRole.POCKET),
-    )
+    bonds = bonds_of((bond[0], bond[1]) for bond in modeller.topology.bonds())
+    system = system_of_atoms(name, atoms, bonds, np.round(positions, 4), {})
+    return replace(system, mobile=system.elements == 1, roles=np.full(len(atoms), SiteRole.POCKET))
 
 
 def _joined(ligand: System, pocket: System, name: str, origin: dict[str, Any]) -> System:
@@ -226,14 +203,3 @@ def _reference_platform() -> Any:
     from openmm import Platform
 
     return Platform.getPlatformByName("Reference")
-
-
-@contextmanager
-def _repeatable_random() -> Iterator[None]:
-    """Modeller places hydrogens with Python's own generator."""
-    state = random.getstate()
-    random.seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(state)

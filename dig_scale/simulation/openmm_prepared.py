@@ -22,10 +22,11 @@ from openmm import app
 
 from dig_scale.config import Simulate
 from dig_scale.importers import residues
+from dig_scale.importers.atoms import system_of_atoms
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.simulation.openmm_systems import PREPARED, Model, obc2, with_native_obc2
 from dig_scale.simulation.whole import Whole
-from dig_scale.system import System, SystemKind
+from dig_scale.system import System
 from dig_scale.units import ANGSTROM_PER_NM
 
 _AMBER = (".prmtop", ".parm7")
@@ -223,27 +224,6 @@ def _solute_system(
 ) -> System:
     chosen = set(solute.tolist())
     atoms = [atom for atom in topology.atoms() if atom.index in chosen]
-    named = residues.NamedAtoms(
-        elements=np.array([atom.element.atomic_number for atom in atoms]),
-        atom_names=tuple(atom.name for atom in atoms),
-        residue_names=tuple(atom.residue.name for atom in atoms),
-        residue_index=np.array([atom.residue.index for atom in atoms]),
-        bonds=_solute_bonds(topology, solute),
-    )
-    orders = residues.bond_orders(named)
-    return System(
-        name=name,
-        kind=SystemKind.MOLECULE,
-        elements=named.elements,
-        atom_names=named.atom_names,
-        residue_names=named.residue_names,
-        residue_index=named.residue_index,
-        chain_index=np.array([atom.residue.chain.index for atom in atoms]),
-        bonds=named.bonds,
-        bond_orders=orders,
-        formal_charges=residues.formal_charges(named, orders),
-        stereocentres=residues.stereocentres(named, positions),
-        mobile=np.ones(len(atoms), dtype=bool),
-        reference_positions=np.round(positions - positions.mean(axis=0), 3),
-        origin={"source": files[1].name, PREPARED: [file.name for file in files]},
-    )
+    centred = np.round(positions - positions.mean(axis=0), 3)
+    origin = {"source": files[1].name, PREPARED: [file.name for file in files]}
+    return system_of_atoms(name, atoms, _solute_bonds(topology, solute), centred, origin)
