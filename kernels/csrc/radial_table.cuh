@@ -52,7 +52,7 @@ __device__ void fill_places(const TableAttention& a, const Sample& sample, int f
 }
 
 __device__ inline float hermite(const float2* knots, int n_knots, float place) {
-    const int piece = place == place ? min(static_cast<int>(place), n_knots - 2) : 0;
+    const int piece = max(min(static_cast<int>(place), n_knots - 2), 0);  // NaN may become any integer
     const float f = place - static_cast<float>(piece);
     const float2 left = knots[piece], right = knots[piece + 1];
     const float rise = right.x - left.x;
