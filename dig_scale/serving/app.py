@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -30,6 +29,7 @@ from ray import serve as ray_serve
 from dig_scale.config import Serve
 from dig_scale.errors import UserError
 from dig_scale.model.checkpoint import load_checkpoint
+from dig_scale.ray_token import share_ray_token
 from dig_scale.serving.api import Door, build_api, open_service
 from dig_scale.serving.served import best_device
 
@@ -158,7 +158,7 @@ def _start_ray(config: Serve) -> None:
         ray.init(**quiet)
         return
     # A private Ray has token authentication by default; a secret of its own keeps it from writing one into the home folder.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    share_ray_token()
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_READY_SECONDS))
     ray.init(
         address="local",

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from dig_shards.durable import replace_durably
 
 from dig_scale.config import Recipe, Simulate, SystemSpec
 from dig_scale.errors import UserError
+from dig_scale.ray_token import share_ray_token
 from dig_scale.simulation.ase_start import surface_start
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.simulation.journal import replica_files
@@ -316,7 +316,7 @@ def _start_ray(cpus: int) -> None:
         return
     # A private Ray has token authentication by default (RAY_AUTH_MODE set once Ray is imported would be seen by its
     # servers alone); a secret of its own keeps it from writing one into the home folder.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    share_ray_token()
     ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
 
 

@@ -137,8 +137,9 @@ def test_explosion_is_an_error_that_names_the_system(dipeptide: System) -> None:
 
 
 def test_slabs_and_beads_are_refused_with_the_next_step(dipeptide: System) -> None:
-    with pytest.raises(SimulationError, match=r"a catalyst: .*dig-scale import"):
-        build_openmm_system(replace(dipeptide, kind=SystemKind.CATALYST), Simulate())
+    slab = replace(dipeptide, kind=SystemKind.CATALYST, cell=20.0 * np.eye(3), periodic=(True, True, False))
+    with pytest.raises(SimulationError, match=r"periodic \(a catalyst\): .*dig-scale import"):
+        build_openmm_system(slab, Simulate())
     with pytest.raises(SimulationError, match="coarse-grained beads"):
         build_openmm_system(replace(dipeptide, elements=np.zeros(22)), Simulate())
 
