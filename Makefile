@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 # a CUDA build of torch brings the Triton it was made for; beside a CPU build the tests of the kernels need this one
 TRITON := triton==3.6.0
 
-.PHONY: install quickstart test test-kernels test-walk lint format walk clean
+.PHONY: install quickstart test test-kernels test-rooms test-walk lint format walk clean
 
 install: $(STAMP)
 
@@ -25,15 +25,18 @@ quickstart: install
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-# two halves side by side: the kernels in Triton's interpreter keep one core busy for as long as the rest needs
+# two cores busy for about as long: the rooms beside the kernels in Triton's interpreter and then the walk
 test: install
-	$(MAKE) -j2 -k --output-sync test-kernels test-walk
+	$(MAKE) -j2 -k --output-sync test-rooms test-kernels test-walk
 
 test-kernels:
 	$(PYTEST) tests/dig_kernels
 
+test-rooms:
+	$(PYTEST) tests --ignore=tests/dig_kernels --ignore=tests/walk --ignore=tests/truth
+
 test-walk:
-	$(PYTEST) tests --ignore=tests/dig_kernels
+	$(PYTEST) tests/walk tests/truth
 
 lint: install
 	$(BIN)/ruff check .
