@@ -30,6 +30,7 @@ from openmm import unit
 
 from benchmarks.rows import Row, at_least, note, publish
 from dig_scale.config import Recipe, Simulate, SystemSpec
+from dig_scale.ray_token import share_ray_token
 from dig_scale.simulation.campaign import simulate
 from dig_scale.simulation.openmm_engine import build_openmm_system
 from dig_scale.system import System
@@ -102,6 +103,7 @@ def _ns_per_day(chunk_ends: list[float]) -> float:
 def measure(rounds: int) -> list[Row]:
     """Alternate campaign and bare loops; the ratio is the median over rounds."""
     ours, bare, costs, bare_costs = [], [], [], []
+    share_ray_token()
     ray.init("local", num_cpus=_REPLICAS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with tempfile.TemporaryDirectory() as scratch:

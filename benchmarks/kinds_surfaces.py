@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.walk import dig_scale, timed
-from dig_scale.config import SystemSpec, load_recipe
-from dig_scale.config_surface import SurfaceSpec
+from dig_scale.config import SurfaceSpec, SystemSpec, load_recipe
 from dig_scale.ensemble import read_ensemble
 from dig_scale.evaluation.surface import (
     Symmetry,

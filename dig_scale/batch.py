@@ -40,6 +40,11 @@ class Score:
     lattice: Tensor | None = None
 
 
+def fields_of(state: State | Score) -> dict[str, Tensor]:
+    """The fields that are there, by name, in the order of State."""
+    return {f.name: value for f in fields(state) if (value := getattr(state, f.name)) is not None}
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Noised structures as the network sees them, in Å on the scale of the data: positions [B,N,3], rotations [B,N,3,3] of

@@ -13,17 +13,64 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
 from dig_scale.errors import RecipeError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
+Facet = Literal["fcc111", "fcc100", "fcc110", "bcc110", "hcp0001"]
+CalculatorName = Literal["emt", "tblite", "pyscf"]
+
+
 class Section(BaseModel):
     """Base of all recipe sections: frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SurfaceSpec(Section):
+    """A slab with one adsorbate, built by ASE: `metal` is its element, `size` its cells along the surface and its layers."""
+
+    metal: str
+    facet: Facet = "fcc111"
+    size: tuple[PositiveInt, PositiveInt, PositiveInt] = (2, 2, 4)
+    lattice_constant: PositiveFloat | None = None
+    """Å; when absent the equilibrium of effective medium theory for the fcc metals it knows, else ASE's tabulated value."""
+    lattice_constant_c: PositiveFloat | None = None
+    """Å; of hcp metals, with the same default."""
+    vacuum: PositiveFloat = 14.0
+    """Å between the slab and its next image along the third vector."""
+    fixed_layers: int = Field(default=2, ge=0)
+    """Layers at the bottom that do not move."""
+    adsorbate: str | None = "O"
+    """An element, or the name of a molecule known to ase.build.molecule; none leaves a clean slab."""
+    site: str = "fcc"
+    """ASE's name of the site: ontop, bridge, fcc, hcp, hollow, shortbridge or longbridge, as the facet has them."""
+    height: PositiveFloat = 1.2
+    """Å; of the adsorbate's lowest atom above the top layer."""
+
+
+class CalculatorSpec(Section):
+    """What gives energies and forces: effective medium theory, GFN-xTB (tblite), or density functional theory (pyscf)."""
+
+    name: CalculatorName = "emt"
+    method: Literal["GFN1-xTB", "GFN2-xTB"] = "GFN1-xTB"
+    """Of tblite."""
+    electronic_temperature: PositiveFloat = 300.0
+    """K; of tblite's occupations."""
+    functional: str = "pbe"
+    """Of pyscf, as are those below."""
+    basis: str = "gth-szv"
+    """Of periodic systems; it goes with `pseudopotential`."""
+    pseudopotential: str = "gth-pade"
+    molecule_basis: str = "def2-svp"
+    """Of systems without periodic directions, all electrons."""
+    kpoints: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
+    cutoff_hartree: PositiveFloat | None = None
+    """Plane-wave cutoff of the density's grid; PySCF's own choice, which is fine and slow, when absent."""
+    smearing_ev: PositiveFloat | None = None
+    """Fermi smearing of the occupations: metals need it."""
 
 
 class SystemSpec(Section):

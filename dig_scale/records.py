@@ -255,11 +255,7 @@ def mdtraj_topology(system: System) -> mdtraj.Topology:
             chains[chain] = topology.add_chain()
         if residue not in found:
             found[residue] = topology.add_residue(system.residue_names[i], chains[chain], resSeq=residue + 1)
-        element = (
-            mdtraj.element.virtual
-            if number == COARSE_GRAINED_BEAD
-            else mdtraj.element.Element.getByAtomicNumber(number)
-        )
+        element = _mdtraj_element(number)
         atoms.append(topology.add_atom(system.atom_names[i], element, found[residue]))
     kinds = {1: Single, 2: Double, 3: Triple}
     for (i, j), order in zip(system.bonds, system.bond_orders, strict=True):

@@ -18,7 +18,7 @@ from dig_scale.progress import Reporter, duration, stage
 from dig_scale.system import System
 
 if TYPE_CHECKING:
-    from dig_scale.config_surface import CalculatorSpec
+    from dig_scale.config import CalculatorSpec
     from dig_scale.evaluation.reference_files import ReferenceFile, ReferenceFrames
     from dig_scale.serving.offline import Draws
 

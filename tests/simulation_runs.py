@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from dig_scale.config import Recipe, ReplicaExchange, Simulate, SystemSpec
+from dig_scale.ray_token import share_ray_token
 
 ROOT = Path(__file__).parent.parent
 SOURCE_FOLDERS = (ROOT, ROOT / "kernels", ROOT / "data_shards")
@@ -64,6 +65,7 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    share_ray_token()
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = python_environment()["PYTHONPATH"]
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dig_scale.batch import Context, Geometry, Score, ScoreFn, State
+from dig_scale.batch import Context, Geometry, Score, ScoreFn, State, fields_of
 from dig_scale.config import Diffusion
 from dig_scale.diffusion.euclidean import centred, vp
 from dig_scale.diffusion.parametrisation import CellCoordinates, CleanEstimate, Parametrisation, ScaledScore
@@ -96,7 +96,7 @@ class Composition:
 
     def constrained(self, noise: State, context: Context) -> State:
         """Noise or tangents restricted to what may move; free molecules keep their centre of mass."""
-        values = dict(_given(noise))
+        values = fields_of(noise)
         for name in ("rotations", "fractional"):
             if name in values:
                 values[name] = moving(values[name], context)
@@ -248,11 +248,6 @@ def _mean_over_sites(name: str, error: Tensor, context: Context) -> Tensor:
     kept = constrain(error, context) if name == "positions" else moving(error, context)
     sites = (context.mobile & context.present).sum(1).clamp(min=1)
     return (kept**2).flatten(1).sum(1) / (3 * sites)
-
-
-def _given(state: State) -> dict[str, Tensor]:
-    names = ("positions", "rotations", "fractional", "lattice")
-    return {name: value for name in names if (value := getattr(state, name)) is not None}
 
 
 def _of(state: State, name: str) -> Tensor:

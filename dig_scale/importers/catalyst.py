@@ -24,7 +24,7 @@ from dig_scale.system import SMALLEST_CELL, Frames, SiteRole, System, SystemKind
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from dig_scale.config_surface import SurfaceSpec
+    from dig_scale.config import SurfaceSpec
 
 _PERIODIC = (True, True, False)
 _CELL_TOLERANCE = 1e-3

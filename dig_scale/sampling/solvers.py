@@ -17,13 +17,14 @@ order, posterior step for the stochastic ones and x' = move(x, (v - sqrt(v v')) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dig_scale.batch import Context, Score, ScoreFn, State
+from dig_scale.batch import Context, Score, ScoreFn, State, fields_of
 from dig_scale.config import SolverName
 from dig_scale.diffusion.composition import Composition
 from dig_scale.diffusion.euclidean import VariancePreserving, per_sample
@@ -84,12 +85,6 @@ class Solver:
         return Memory(State(**vectors), t, torch.zeros_like(t, dtype=torch.bool))
 
 
-def fields_of(state: State | Score) -> dict[str, Tensor]:
-    """The fields that are there, by name."""
-    names = ("positions", "rotations", "fractional", "lattice")
-    return {name: value for name in names if (value := getattr(state, name)) is not None}
-
-
 @dataclass(frozen=True)
 class _Levels:
     """alpha, sigma at t and t_next, shaped to multiply a field; `clean` rows end without noise."""
@@ -124,7 +119,7 @@ class _Part:
     noise: Tensor
     level: _Levels
 
-    @property
+    @cached_property
     def estimate(self) -> Tensor:
         """E[x_0 | x_t] of a plain vector."""
         return (self.x + self.level.sigma**2 * self.score) / self.level.alpha
@@ -134,16 +129,23 @@ Rule = Callable[[_Part], Tensor]
 """A field's value at t_next."""
 
 
-def _parts(composition: Composition, step: Step, scores: Score) -> Iterator[_Part]:
-    given, noise = fields_of(scores), fields_of(step.noise)
-    for name, x in fields_of(step.state).items():
-        process, score = composition.fields[name].process, given[name]
-        yield _Part(name, process, x, score, noise[name], _levels(process, score, step))
+def _parts(composition: Composition, step: Step, scores: Score) -> list[_Part]:
+    given, noise, processes = fields_of(scores), fields_of(step.noise), composition.fields
+    return [
+        _Part(
+            name,
+            processes[name].process,
+            x,
+            given[name],
+            noise[name],
+            _levels(processes[name].process, given[name], step),
+        )
+        for name, x in fields_of(step.state).items()
+    ]
 
 
-def _by_field(composition: Composition, step: Step, scores: Score, vector: Rule, curved: Rule) -> State:
-    """One step of every field from its score: `vector` for plain vectors, `curved` for the others."""
-    parts = _parts(composition, step, scores)
+def _by_field(parts: list[_Part], vector: Rule, curved: Rule) -> State:
+    """One step of every field: `vector` for plain vectors, `curved` for the others."""
     return State(**{p.name: (vector if isinstance(p.process, VariancePreserving) else curved)(p) for p in parts})
 
 
@@ -176,8 +178,8 @@ def _curved_flow(p: _Part) -> Tensor:
 
 def ancestral_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory) -> tuple[State, Memory]:
     """x_s ~ q(x_s | x_t, x_0 = E[x_0 | x_t])."""
-    scores = score_fn(step.state, step.context, step.t)
-    return _by_field(composition, step, scores, _posterior, _curved_posterior), memory
+    parts = _parts(composition, step, score_fn(step.state, step.context, step.t))
+    return _by_field(parts, _posterior, _curved_posterior), memory
 
 
 def euler_maruyama_step(
@@ -197,7 +199,8 @@ def euler_maruyama_step(
     def curved(p: _Part) -> Tensor:
         return p.process.move(p.x, torch.where(p.level.clean, p.level.sigma**2 * p.score, tangent(p)))
 
-    return _by_field(composition, step, score_fn(step.state, step.context, step.t), vector, curved), memory
+    parts = _parts(composition, step, score_fn(step.state, step.context, step.t))
+    return _by_field(parts, vector, curved), memory
 
 
 def heun_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: Memory) -> tuple[State, Memory]:
@@ -205,8 +208,8 @@ def heun_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: M
 
     Curved fields average the tangents of predictor and corrector.
     """
-    first = score_fn(step.state, step.context, step.t)
-    predicted = _by_field(composition, step, first, _flow, _curved_flow)
+    parts = _parts(composition, step, score_fn(step.state, step.context, step.t))
+    predicted = _by_field(parts, _flow, _curved_flow)
     later = fields_of(score_fn(predicted, step.context, step.target))
 
     def vector(p: _Part) -> Tensor:
@@ -220,7 +223,7 @@ def heun_step(score_fn: ScoreFn, composition: Composition, step: Step, memory: M
         moved = (p.level.sigma - p.level.sigma_next) * slope
         return p.process.move(p.x, torch.where(p.level.clean, p.level.sigma**2 * p.score, moved))
 
-    return _by_field(composition, step, first, vector, curved), memory
+    return _by_field(parts, vector, curved), memory
 
 
 def dpm_solver_ode_step(
@@ -268,9 +271,9 @@ def _multistep(
         extrapolated = clean + 0.5 * ratio * (clean - previous[p.name])
         return torch.where(p.level.clean, clean, moved(p, extrapolated))
 
-    scores = score_fn(step.state, step.context, step.t)
-    state = _by_field(composition, step, scores, vector, curved)
-    kept = {p.name: p.estimate for p in _parts(composition, step, scores) if p.name in previous}
+    parts = _parts(composition, step, score_fn(step.state, step.context, step.t))
+    state = _by_field(parts, vector, curved)
+    kept = {p.name: p.estimate for p in parts if p.name in previous}
     return state, Memory(State(**kept), step.t.to(memory.t.dtype), torch.ones_like(memory.filled))
 
 

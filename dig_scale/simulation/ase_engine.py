@@ -19,8 +19,7 @@ import numpy as np
 from ase.calculators.calculator import CalculatorError, PropertyNotImplementedError
 from ase.data import atomic_masses
 
-from dig_scale.config import Simulate
-from dig_scale.config_surface import CalculatorSpec
+from dig_scale.config import CalculatorSpec, Simulate
 from dig_scale.importers.slab import layers, surface_normal
 from dig_scale.simulation.ase_emt import EMTPotential, require_emt_elements
 from dig_scale.simulation.calculators import atoms_of, calculator_named, method_of

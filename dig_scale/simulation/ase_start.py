@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dig_scale.config import Simulate
-from dig_scale.config_surface import SurfaceSpec
+from dig_scale.config import Simulate, SurfaceSpec
 
 
 def surface_start(name: str, spec: SurfaceSpec, simulate: Simulate) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.units import Bohr, Hartree
 
-from dig_scale.config_surface import CalculatorSpec
+from dig_scale.config import CalculatorSpec
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.system import System
 

@@ -20,7 +20,7 @@ from dig_shards.errors import ShardError
 from dig_shards.trajectory import TrajectoryReader, TrajectoryWriter
 
 from dig_scale import records
-from dig_scale.config_surface import CalculatorSpec
+from dig_scale.config import CalculatorSpec
 from dig_scale.errors import UserError
 from dig_scale.simulation.ase_engine import CalculatorPotential
 from dig_scale.simulation.calculators import method_of

@@ -72,7 +72,8 @@ class StepInput:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """One split of a dataset with the static features of its systems on the training device.
+    """One split of a dataset with the static features of its systems on the training device, and in the memory of the host,
+    where batches are made.
 
     In mixed batches all contexts are padded to the largest system, so that a row's noise does not depend on its company.
     """
@@ -80,19 +81,23 @@ class TrainingData:
     reader: ShardReader
     systems: tuple[System, ...]
     contexts: tuple[Context, ...]
+    host_contexts: tuple[Context, ...]
     compositions: tuple[Composition, ...]
     conditions: tuple[Condition, ...]
 
     def micro_batch(self, ids: np.ndarray, t: Tensor, noise: State) -> MicroBatch:
         """Read frames of systems of one kind."""
         rows = self.system_of(ids)
-        composition, one = self.compositions[rows[0]], bool((rows == rows[0]).all())
+        composition = self.compositions[rows[0]]
         arrays = {name: self._read(ids, rows, name) for name in composition.stored}
-        context = self.contexts[rows[0]] if one else collate([self.contexts[row] for row in rows])
-        context = self._conditioned(context, ids, rows)
-        state = composition.state(arrays, tree_to(context, "cpu"), _places(ids))
+        state = composition.state(arrays, self.host_context(rows), _places(ids))
+        context = self._conditioned(collate([self.contexts[row] for row in rows]), ids, rows)
         names = tuple(dict.fromkeys(self.systems[row].name for row in rows))
         return MicroBatch(Batch(state, context, names), t, noise, composition)
+
+    def host_context(self, rows: np.ndarray) -> Context:
+        """The context of a batch of these systems, in the memory of the host."""
+        return collate([self.host_contexts[row] for row in rows])
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -120,12 +125,9 @@ class TrainingData:
         """The context with the properties of these frames, where the model has conditions."""
         if not self.conditions:
             return context
-        device = context.present.device
         values = [(self._read(ids, rows, LABEL + c.name) - c.centre) / c.spread for c in self.conditions]
-        condition = torch.stack(values, dim=1)
-        known = torch.isfinite(condition)
-        shown = torch.where(known, condition, 0.0).to(device)
-        return replace(context, condition=shown, known=known.to(device))
+        condition = torch.stack(values, dim=1).to(context.present.device)
+        return replace(context, condition=condition, known=torch.ones_like(condition, dtype=torch.bool))
 
 
 def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) -> TrainingData | None:
@@ -144,14 +146,15 @@ def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) 
             raise TrainingError(
                 f"{dataset}: positions of system {system.name!r} are stored as {stored}, expected ({system.n_sites}, 3)"
             )
-    contexts = tuple(featurise(system).to(device) for system in systems)
+    contexts = tuple(featurise(system) for system in systems)
     compositions = tuple(composition_for(system.kind, recipe.diffusion) for system in systems)
     for system, context, composition in zip(systems, contexts, compositions, strict=True):
         require_sites(composition, context, recipe.model.sites, system.name)
     if recipe.train is not None and recipe.train.batches == "mixed":
         _require_alike(dataset, systems, compositions)
         contexts = padded_to(contexts, max(system.n_sites for system in systems))
-    return TrainingData(reader, systems, contexts, compositions, recipe.model.conditions)
+    on_device = tuple(context.to(device) for context in contexts)
+    return TrainingData(reader, systems, on_device, contexts, compositions, recipe.model.conditions)
 
 
 def _require_alike(dataset: Path, systems: tuple[System, ...], compositions: tuple[Composition, ...]) -> None:
@@ -218,9 +221,7 @@ def noise_rows(data: TrainingData, ids: np.ndarray, seed: int, purpose: str, row
     """Standard normal noise of the given rows of a global batch, whose frames are `ids`, by blocks of NOISE_BLOCK rows."""
     blocks = range(rows.start // NOISE_BLOCK, -(-rows.stop // NOISE_BLOCK))
     systems = data.system_of(ids)
-    one = bool((systems == systems[0]).all())
-    context = tree_to(data.contexts[systems[0]] if one else collate([data.contexts[s] for s in systems]), "cpu")
-    composition = data.compositions[systems[0]]
+    context, composition = data.host_context(systems), data.compositions[systems[0]]
     shape = (NOISE_BLOCK, composition.normals(context))
     drawn = [torch.randn(shape, generator=counter_generator(seed, purpose, block)) for block in blocks]
     offset = rows.start - blocks.start * NOISE_BLOCK

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dig_scale.config import Evaluate
-from dig_scale.config_surface import SurfaceSpec
+from dig_scale.config import Evaluate, SurfaceSpec
 from dig_scale.ensemble import Ensemble, write_ensemble_file
 from dig_scale.errors import UserError
 from dig_scale.evaluation.side_by_side import joined

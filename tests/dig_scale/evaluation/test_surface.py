@@ -12,7 +12,7 @@ import pytest
 from ase import Atoms
 from ase.io import write
 
-from dig_scale.config_surface import SurfaceSpec
+from dig_scale.config import SurfaceSpec
 from dig_scale.errors import UserError
 from dig_scale.evaluation.surface import (
     SurfaceLattice,

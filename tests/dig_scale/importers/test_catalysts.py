@@ -21,7 +21,7 @@ from ase.constraints import FixAtoms
 from ase.db import connect
 from ase.io import write
 
-from dig_scale.config_surface import SurfaceSpec
+from dig_scale.config import SurfaceSpec
 from dig_scale.errors import UserError
 from dig_scale.importers.catalyst import (
     CatalystOptions,

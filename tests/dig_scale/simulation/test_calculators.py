@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
+from dig_scale.config import CalculatorSpec, SurfaceSpec
 from dig_scale.importers.catalyst import surface_system
 from dig_scale.simulation.ase_engine import CalculatorPotential
 from dig_scale.simulation.calculators import calculator_named, method_of

@@ -12,7 +12,7 @@ import pytest
 from dig_shards.trajectory import TrajectoryReader, TrajectoryWriter
 
 from dig_scale import records
-from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
+from dig_scale.config import CalculatorSpec, SurfaceSpec
 from dig_scale.errors import UserError
 from dig_scale.importers.catalyst import surface_system
 from dig_scale.simulation.ase_engine import CalculatorPotential

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from dig_scale import records
-from dig_scale.config import Recipe, Simulate, SystemSpec
-from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
+from dig_scale.config import CalculatorSpec, Recipe, Simulate, SurfaceSpec, SystemSpec
 from dig_scale.importers.catalyst import surface_system
 from dig_scale.simulation.campaign import simulate
 from dig_scale.simulation.engine import SimulationError

@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from dig_scale.config_surface import CalculatorSpec, SurfaceSpec
+from dig_scale.config import CalculatorSpec, SurfaceSpec
 from dig_scale.importers.catalyst import surface_system
 from dig_scale.simulation.ase_emt import EMTPotential
 from dig_scale.simulation.ase_engine import (
