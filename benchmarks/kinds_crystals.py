@@ -31,11 +31,11 @@ def samples_by_size(out: Path) -> Group:
     return found
 
 
-def held_out_frames(out: Path) -> Group:
-    """System and structures of every composition in the validation split of a run."""
-    reader, systems = ShardReader(out / "dataset", "validation"), dataset_systems(out / "dataset")
-    groups = reader.read(np.arange(reader.n_frames), ["positions", "cell"])
-    return [(systems[one.system], as_frames(one.arrays["positions"], one.arrays["cell"])) for one in groups]
+def split_frames(out: Path, split: str) -> Group:
+    """System and structures of every system in a split of a run's dataset."""
+    reader, systems = ShardReader(out / "dataset", split), dataset_systems(out / "dataset")
+    groups = reader.read(np.arange(reader.n_frames))
+    return [(systems[one.system], as_frames(one.arrays["positions"], one.arrays.get("cell"))) for one in groups]
 
 
 def as_frames(positions: np.ndarray, cell: np.ndarray | None) -> Frames:
