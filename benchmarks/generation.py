@@ -38,7 +38,10 @@ from dig_scale.units import ANGSTROM_PER_NM, PS_PER_FS, PS_PER_NS, SECONDS_PER_D
 
 BAR = 0.95
 _REPLICAS = 2
-SETTINGS = Simulate(frames=750, chunk_frames=250, equilibration_ps=5.0, replicas=_REPLICAS, actors=_REPLICAS)
+_STEP_FS = 4.0
+SETTINGS = Simulate(
+    time_step_fs=_STEP_FS, frames=750, chunk_frames=250, equilibration_ps=5.0, replicas=_REPLICAS, actors=_REPLICAS
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def bare_run(system: System, platform: str) -> Run:
 def _bare_loop(system: System, platform: str, seed: int) -> tuple[list[float], float]:
     """Times at which chunks ended, and CPU seconds in all."""
     begin = time.process_time()
-    time_step = SETTINGS.time_step_fs * PS_PER_FS
+    time_step = _STEP_FS * PS_PER_FS
     integrator = openmm.LangevinMiddleIntegrator(SETTINGS.temperature, SETTINGS.friction_per_ps, time_step)
     properties = {"Threads": "1"} if platform == "CPU" else {}
     model = build_openmm_system(system, SETTINGS)

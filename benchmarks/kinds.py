@@ -8,7 +8,6 @@ DIG_SCALE_SHARED (default ../shared); rows say "not measured" where they are abs
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -20,11 +19,9 @@ from dig_shards.manifest import TRAIN, VALIDATION
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.kinds_checks import bad_input_rows, code_rows, frame_rows, published_rows, rotation_rows
-from benchmarks.rows import NOT_MEASURED, Row, at_least, at_most, note, publish
+from benchmarks.rows import NOT_MEASURED, Row, at_least, at_most, note, run_parts
 from benchmarks.walk import dig_scale, timed
 from dig_scale.ensemble import read_ensemble
-from dig_scale.records import find_trajectories, read_trajectory_frames
-from dig_scale.system import Frames, System
 
 SHARED = Path(os.environ.get("DIG_SCALE_SHARED", "../shared")).resolve() / "data"
 LONGEST_RECIPE = 30
@@ -32,23 +29,13 @@ TARGETS = ("cdk2", "cdk8", "cmet", "eg5", "hif2a", "mcl1", "pfkfb3", "ptp1b", "s
 POSES = 50
 
 
-def main() -> None:
-    """Run the chosen parts and publish their rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    arguments = parser.parse_args()
-    arguments.runs.mkdir(exist_ok=True)
-    chosen = arguments.only.split(",")
-    rows = [row for part in chosen for row in _rows_of(part, arguments.runs)]
-    publish(rows + [Row(part, NOT_MEASURED, "", "", None) for part in PARTS if part not in chosen], arguments.json)
+Part = Callable[[Path], list[Row]]
 
 
-def _rows_of(part: str, runs: Path) -> list[Row]:
-    if not SHARED.is_dir() and part != "code":
-        return [Row(part, f"{NOT_MEASURED}: no data at {SHARED}", "", "", None)]
-    return PARTS[part](runs)
+def with_data(name: str, part: Part) -> Part:
+    """A part that reads real data, and says so where there are none."""
+    missing = [Row(name, f"{NOT_MEASURED}: no data at {SHARED}", "", "", None)]
+    return lambda runs: part(runs) if SHARED.is_dir() else missing
 
 
 def recipe_run(runs: Path, name: str, files: dict[str, Path], *words: str) -> tuple[Path, float]:
@@ -56,11 +43,6 @@ def recipe_run(runs: Path, name: str, files: dict[str, Path], *words: str) -> tu
     os.environ.update({key: str(path) for key, path in files.items()})
     out = runs / name
     return out, timed(runs / f"{name}.json", lambda: dig_scale("run", name, "--out", out, *words))
-
-
-def reference_of(out: Path) -> tuple[System, Frames]:
-    """The first trajectory of a run."""
-    return read_trajectory_frames(find_trajectories(out / "trajectories")[0])
 
 
 def adk_rows(runs: Path) -> list[Row]:
@@ -192,11 +174,8 @@ def adsorbate_rows(runs: Path) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {
-    "code": lambda runs: code_rows(),
-    "published": lambda runs: published_rows(),
+READING: dict[str, Part] = {
     "frames": lambda runs: frame_rows(SHARED),
-    "rotations": lambda runs: rotation_rows(),
     "adk": adk_rows,
     "chignolin": chignolin_rows,
     "pockets": pocket_rows,
@@ -205,7 +184,13 @@ PARTS: dict[str, Callable[[Path], list[Row]]] = {
     "perovskites": perovskite_rows,
     "bad-input": lambda runs: bad_input_rows(SHARED),
 }
+PARTS: dict[str, Part] = {
+    "code": lambda runs: code_rows(),
+    "published": lambda runs: published_rows(),
+    "rotations": lambda runs: rotation_rows(),
+    **{name: with_data(name, part) for name, part in READING.items()},
+}
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, __doc__)

@@ -88,7 +88,7 @@ def _middle(names: Sequence[str]) -> str:
 
 def _write_recipe(path: Path, data: Path, held_out: dict[str, str]) -> Path:
     """The bundled recipe with one [[imports]] per target."""
-    from dig_scale.config import resolve_recipe_path
+    from dig_scale.recipe_files import resolve_recipe_path
 
     entries = []
     for target, ligand in held_out.items():

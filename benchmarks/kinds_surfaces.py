@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.walk import dig_scale, timed
-from dig_scale.config import SurfaceSpec, SystemSpec, load_recipe
+from dig_scale.config import SurfaceSpec, SystemSpec
 from dig_scale.ensemble import read_ensemble
 from dig_scale.evaluation.surface import (
     Symmetry,
@@ -19,6 +19,7 @@ from dig_scale.evaluation.surface import (
     populations,
 )
 from dig_scale.importers.catalyst import surface_system
+from dig_scale.recipe_files import load_recipe
 from dig_scale.records import find_trajectories, read_trajectory_frames
 from dig_scale.system import System
 
@@ -85,7 +86,7 @@ def _map(system: System, positions: np.ndarray) -> np.ndarray:
 
 def _left_out_recipe(path: Path) -> Path:
     """The recipe's dynamics for the metal left out."""
-    from dig_scale.config import resolve_recipe_path
+    from dig_scale.recipe_files import resolve_recipe_path
 
     text = resolve_recipe_path("surfaces").read_text()
     begin, end = text.index("[[systems]]"), text.index("[simulate]")

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,12 +34,12 @@ class Row:
 
 def at_most(measure: str, value: float, unit: str, bar: float) -> Row:
     """A row that is met at or below the bar."""
-    return Row(measure, value, unit, f"<= {bar:g}", value <= bar)
+    return Row(measure, float(value), unit, f"<= {bar:g}", bool(value <= bar))
 
 
 def at_least(measure: str, value: float, unit: str, bar: float) -> Row:
     """A row that is met at or above the bar."""
-    return Row(measure, value, unit, f">= {bar:g}", value >= bar)
+    return Row(measure, float(value), unit, f">= {bar:g}", bool(value >= bar))
 
 
 def note(measure: str, value: float | str, unit: str = "") -> Row:
@@ -71,6 +72,25 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
+
+
+def run_parts(parts: Mapping[str, Callable[[Path], list[Row]]], description: str | None) -> None:
+    """The command line of a benchmark of several parts: run those that are asked for and publish their rows.
+
+    A part is given the folder of finished runs; parts that are left out have a row that says so.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default=",".join(parts))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    unknown = sorted(set(chosen) - set(parts))
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; parts are {', '.join(parts)}")
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    rows = [row for part in chosen for row in parts[part](arguments.runs)]
+    publish(rows + [Row(part, NOT_MEASURED, "", "", None) for part in parts if part not in chosen], arguments.json)
 
 
 def publish(rows: Sequence[Row], path: Path | None) -> None:

@@ -8,7 +8,6 @@ DIG_SCALE_SHARED (default ../shared); its rows say "not measured" where it is ab
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,25 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.rows import NOT_MEASURED, Row, at_least, at_most, note, publish
+from benchmarks.rows import NOT_MEASURED, Row, at_least, at_most, note, run_parts
 
 MINUTE = 60.0
 MOST_EVALUATIONS = 50
 BEAD_FRAMES_PER_NS = 100
-
-
-def main() -> None:
-    """Run the chosen parts and publish their rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    arguments = parser.parse_args()
-    rows: list[Row] = []
-    for part in arguments.only.split(","):
-        rows += PARTS[part](arguments.runs)
-    left_out = [Row(part, NOT_MEASURED, "", "", None) for part in PARTS if part not in arguments.only.split(",")]
-    publish(rows + left_out, arguments.json)
 
 
 def dig_scale(*words: str | Path) -> None:
@@ -130,7 +115,7 @@ def beads_rows(runs: Path) -> list[Row]:
     """Five-bead alanine dipeptide as a user would do it: import, pack, train, sample 100,000, compare."""
     data = Path(os.environ.get("DIG_SCALE_SHARED", "../shared")) / "data" / "ala2_cg"
     if not data.is_dir():
-        return [Row("beads", NOT_MEASURED, f"no {data}", "", None)]
+        return [Row("beads", f"{NOT_MEASURED}: no data at {data}", "", "", None)]
     out = runs / "beads"
     minutes = timed(runs / "beads.json", lambda: _run_beads(data, out))
     report = json.loads((out / "report" / "report.json").read_text())
@@ -187,4 +172,4 @@ PARTS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, __doc__)

@@ -1,32 +1,20 @@
-"""The schema of a recipe: TOML in, frozen pydantic models out. An unknown key is an error; presence means enabled.
-
-`load_recipe(path, overrides)` reads a file (or the name of a bundled recipe) and applies `--set section.key=value`.
-"""
+"""The schema of a recipe: frozen pydantic models. An unknown key is an error; presence means enabled."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dig_scale.errors import RecipeError
-
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-
+from dig_scale.config_physics import Ablate, PhysicsInformed
+from dig_scale.config_properties import GuideSpec, SteerSpec
+from dig_scale.config_section import PositiveFloat, PositiveInt, Section
 
 Facet = Literal["fcc111", "fcc100", "fcc110", "bcc110", "hcp0001"]
 CalculatorName = Literal["emt", "tblite", "pyscf"]
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+LANGUAGE_MODEL, TEMPLATE = "esm2:", "template:"
+"""What the name of a language model and the file of a known structure begin with where a file of representations may stand."""
 
 
 class SurfaceSpec(Section):
@@ -73,9 +61,29 @@ class CalculatorSpec(Section):
     """Fermi smearing of the occupations: metals need it."""
 
 
+class ComplexSpec(Section):
+    """A ligand where it sits in the pocket of a protein; the same sites as those of the reader `pocket` of [[imports]].
+
+    Files are relative to the recipe; ${NAME} stands for an environment variable.
+    """
+
+    protein: Path
+    """PDB or mmCIF."""
+    ligand: Path
+    """SDF or MOL2 with all atoms, in the protein's frame."""
+    name_of_ligand: str | None = None
+    """Which molecule of the file; needed where it holds several."""
+    cutoff: PositiveFloat = 10.0
+    """Å; residues with a heavy atom this near to the pocket's place are in."""
+    shell: PositiveFloat | None = None
+    """Å; of them, only atoms this near are sites of the model; dynamics has whole residues with hydrogens all the same."""
+    defined_by: tuple[str, ...] = ()
+    """Ligands of the file whose poses are the pocket's place; all of them when empty."""
+
+
 class SystemSpec(Section):
     """One system of a run: exactly one of `sequence` (ACE-ALA-NME), `file` (PDB, mmCIF, SDF), `smiles`, `prepared` (files of
-    an AMBER, GROMACS or OpenMM system) or `surface` (a slab with an adsorbate)."""
+    an AMBER, GROMACS or OpenMM system), `surface` (a slab with an adsorbate) or `complex` (a ligand in its pocket)."""
 
     name: str
     sequence: str | None = None
@@ -83,10 +91,11 @@ class SystemSpec(Section):
     smiles: str | None = None
     prepared: tuple[Path, ...] | None = None
     surface: SurfaceSpec | None = None
+    complex: ComplexSpec | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SystemSpec:
-        sources = ("sequence", "file", "smiles", "prepared", "surface")
+        sources = ("sequence", "file", "smiles", "prepared", "surface", "complex")
         given = [key for key in sources if getattr(self, key) is not None]
         if len(given) != 1:
             found = ", ".join(given) if given else "none"
@@ -103,7 +112,25 @@ class Import(Section):
     reader: Literal["backbone", "backbone-trajectory", "pocket", "catalyst", "crystals", "trajectory"]
     files: tuple[Path, ...] = Field(min_length=1)
     name: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class StructureSearch(Section):
+    """Crystals of a composition found without data: random cells relaxed to minima, each new one a structure."""
+
+    composition: str
+    """Atoms of the cell, as in Cu4 or Cu3Al."""
+    candidates: PositiveInt = 100
+    """Random cells that are tried."""
+    volume_per_atom: tuple[PositiveFloat, PositiveFloat]
+    """Å³, least and most, before relaxation."""
+    shortest_distance: PositiveFloat = 1.5
+    """Å; no two atoms of a random cell are nearer, images included."""
+    pressure_gpa: float = 0.0
+    calculator: CalculatorSpec = CalculatorSpec()
+    seed: int = Field(default=1, ge=0)
+    workers: PositiveInt | None = None
+    """Processes; one per core when absent."""
 
 
 class ReplicaExchange(Section):
@@ -138,7 +165,9 @@ class Simulate(Section):
     temperature: PositiveFloat = 300.0
     """K."""
     friction_per_ps: PositiveFloat = 1.0
-    time_step_fs: PositiveFloat = 4.0
+    time_step_fs: PositiveFloat | None = None
+    """When absent as long as the system takes: 4 for force fields of biomolecules with heavy hydrogens (2 with light ones, 1
+    without constraints) and for surfaces, at most 2 for MMFF94."""
     constraints: Literal["h-bonds", "none"] = "h-bonds"
     hydrogen_mass: PositiveFloat = 3.0
     """amu; mass is taken from the bonded heavy atom (hydrogen mass repartitioning)."""
@@ -204,6 +233,11 @@ class Model(Section):
     """Å; periodic images of sites beyond it are not seen."""
     conditions: tuple[Condition, ...] = ()
     """Properties that the model can be asked for."""
+    site_features: int = Field(default=0, ge=0)
+    """Width of what the model reads of each site beside its identity: 384 of AlphaFold2's single representation, the width of a
+    language model; 0 reads none, and needs none."""
+    pair_features: int = Field(default=0, ge=0)
+    """The same of pairs of sites: 128 of AlphaFold2's pair representation."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """`auto`: fused kernels on a GPU, their fast form on a CPU; `reference`: plain PyTorch from the formulas."""
 
@@ -266,6 +300,7 @@ class Train(Section):
     """Whether the frames of a batch are all of one system, or of any; many systems of few frames want `mixed`."""
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the frames whose properties are hidden from a conditioned model, so that it also learns to do without."""
+    physics_informed: PhysicsInformed | None = None
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -283,10 +318,12 @@ class Sample(Section):
     steps: PositiveInt = 40
     num: PositiveInt = 10_000
     batch: PositiveInt = 512
-    conditions: dict[str, float] = {}
+    conditions: dict[str, float] = Field(default_factory=dict)
     """Wanted values of the properties that the model is conditioned on, by name; the others are left open."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance: 1 samples p(x | c), more sharpens c, 0 ignores it."""
+    guide: GuideSpec | None = None
+    steer: SteerSpec | None = None
     seed: int = 1
     workers: PositiveInt | None = None
     """Sampling processes on one machine; one per core (CPU) or GPU when absent."""
@@ -309,6 +346,8 @@ class Evaluate(Section):
 
     bins: PositiveInt = 36
     bootstrap: PositiveInt = 200
+    states: tuple[str, ...] = ()
+    """NAME:PROPERTY:LOW:HIGH, as in left:dihedral:4,6,8,14:0:180; free energies between them; one name, several windows: all."""
     seed: int = 1
 
 
@@ -319,6 +358,7 @@ class Recipe(Section):
     seed: int = 1
     systems: tuple[SystemSpec, ...] = ()
     imports: tuple[Import, ...] = ()
+    searches: tuple[StructureSearch, ...] = ()
     simulate: Simulate | None = None
     pack: Pack | None = None
     model: Model = Model()
@@ -327,6 +367,7 @@ class Recipe(Section):
     sample: Sample = Sample()
     serve: Serve = Serve()
     evaluate: Evaluate = Evaluate()
+    ablate: Ablate | None = None
 
     @model_validator(mode="after")
     def _unique_names(self) -> Recipe:
@@ -341,90 +382,3 @@ class Recipe(Section):
                 "simulate.walkers must be 1 with simulate.replica_exchange, whose temperatures are its walkers"
             )
         return self
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Recipe from a TOML file or the name of a bundled one, with `section.key=value` overrides; raises RecipeError."""
-    path = resolve_recipe_path(source)
-    try:
-        content = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        content = apply_override(content, override)
-    content = _anchor_files(content, path.parent)
-    return parse_recipe(content, str(path))
-
-
-def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """Recipe from plain data; `source` is named in the RecipeError."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc']) or 'recipe'}: {item['msg']}" for item in error.errors()]
-        raise RecipeError(f"{source}: " + "; ".join(lines)) from None
-
-
-def bundled_recipes() -> dict[str, Path]:
-    """Name -> path of the recipes that come with the project (the wheel's copy, or launch/recipes in a checkout)."""
-    packaged = Path(str(resources.files("dig_scale"))) / "recipes"
-    folder = packaged if packaged.is_dir() else Path(__file__).parent.parent / "launch" / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def resolve_recipe_path(source: str | Path) -> Path:
-    """Path of a recipe given as a file or a bundled name; raises RecipeError listing the bundled names."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    bundled = bundled_recipes()
-    if str(source) in bundled:
-        return bundled[str(source)]
-    raise RecipeError(f"no recipe {str(source)!r}: give a .toml file or one of {', '.join(bundled)}")
-
-
-def apply_override(content: dict[str, Any], override: str) -> dict[str, Any]:
-    """A copy of `content` with one `section.key=value` applied; the value is read as TOML, else as a string."""
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise RecipeError(f"override {override!r}: expected section.key=value, as in train.learning_rate=1e-4")
-    return _with_value(content, key.strip().split("."), _toml_value(text.strip()), override)
-
-
-def _with_value(content: dict[str, Any], keys: list[str], value: Any, override: str) -> dict[str, Any]:
-    if len(keys) == 1:
-        return content | {keys[0]: value}
-    inner = content.get(keys[0], {})
-    if not isinstance(inner, dict):
-        raise RecipeError(f"override {override!r}: {keys[0]} is not a section")
-    return content | {keys[0]: _with_value(inner, keys[1:], value, override)}
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _anchor_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Files in a recipe are relative to the recipe, unless they begin with an environment variable."""
-    anchored = dict(content)
-    for key, named in (("systems", "file"), ("systems", "prepared"), ("imports", "files")):
-        entries = anchored.get(key)
-        if isinstance(entries, list):
-            anchored[key] = [_anchored_entry(entry, named, folder) for entry in entries]
-    return anchored
-
-
-def _anchored_entry(entry: Any, key: str, folder: Path) -> Any:
-    if not isinstance(entry, dict) or key not in entry:
-        return entry
-    value = entry[key]
-    return entry | {
-        key: [_anchored(one, folder) for one in value] if isinstance(value, list) else _anchored(value, folder)
-    }
-
-
-def _anchored(path: Any, folder: Path) -> str:
-    return str(path) if "$" in str(path) else str(folder / str(path))

@@ -31,7 +31,7 @@ def write_store(store: Path, system: System, frames: Frames, origin: dict[str, A
     arrays = records.frame_arrays(frames)
     specs = records.field_specs(system.n_sites, records.field_names(frames))
     try:
-        if store.is_dir() and _is_there(store, attributes, frames):
+        if _is_there(store, attributes, frames):
             return store
         with TrajectoryWriter.create(store, specs, attributes, min(chunk_frames, frames.n_frames)) as writer:
             for start in range(0, frames.n_frames, chunk_frames):
@@ -43,14 +43,33 @@ def write_store(store: Path, system: System, frames: Frames, origin: dict[str, A
     return store
 
 
-def _is_there(store: Path, attributes: dict[str, Any], frames: Frames) -> bool:
+def finished_store(store: Path, attributes: dict[str, Any]) -> TrajectoryReader | None:
+    """The finished store of these attributes that is there, or None; a half-written one is removed.
+
+    Raises UserError where another one stands.
+    """
+    if not store.is_dir():
+        return None
     reader = TrajectoryReader(store)
     if not reader.is_finished:
         shutil.rmtree(store)
+        return None
+    if reader.attributes != attributes:
+        raise _another(store)
+    return reader
+
+
+def _is_there(store: Path, attributes: dict[str, Any], frames: Frames) -> bool:
+    reader = finished_store(store, attributes)
+    if reader is None:
         return False
     held = records.frame_arrays(records.read_trajectory_frames(store)[1])
     given = records.frame_arrays(frames)
-    same = reader.attributes == attributes and held.keys() == given.keys() and reader.n_frames == frames.n_frames
+    same = held.keys() == given.keys() and reader.n_frames == frames.n_frames
     if not same or any(not np.allclose(held[k], given[k], atol=records.POSITION_GRID) for k in given):
-        raise UserError(f"{store} holds another import (other files or options); choose another folder, or remove it")
+        raise _another(store)
     return True
+
+
+def _another(store: Path) -> UserError:
+    return UserError(f"{store} holds another import (other files or options); choose another folder, or remove it")

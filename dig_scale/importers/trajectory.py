@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import Any
 import mdtraj
 import numpy as np
 from dig_shards.errors import ShardError
-from dig_shards.trajectory import TrajectoryReader, TrajectoryWriter
+from dig_shards.trajectory import TrajectoryWriter
 
 from dig_scale import records
 from dig_scale.errors import UserError
 from dig_scale.importers import residues
+from dig_scale.importers.stores import finished_store
 from dig_scale.system import COARSE_GRAINED_BEAD, Frames, System, SystemKind
 from dig_scale.units import ANGSTROM_PER_NM, EV_PER_ANGSTROM_PER_KJ_MOL_NM, EV_PER_KCAL_MOL
 
@@ -316,7 +316,7 @@ def _contacts(members: Sequence[int], elements: np.ndarray, positions: np.ndarra
 
 def _write_store(store: Path, system: System, source: _Source) -> None:
     attributes = records.trajectory_attributes(system, _origin(source))
-    if store.is_dir() and _is_there(store, attributes):
+    if finished_store(store, attributes) is not None:
         return
     chunk_frames = source.options.chunk_frames
     names = (records.POSITIONS, *((records.FORCES,) if source.forces else ()))
@@ -333,17 +333,6 @@ def _write_store(store: Path, system: System, source: _Source) -> None:
                 writer.finish()
     except ShardError as error:
         raise UserError(f"{source.path}: {error}") from error
-
-
-def _is_there(store: Path, attributes: dict[str, Any]) -> bool:
-    """Whether the store is complete with this origin; a half-written one is removed."""
-    reader = TrajectoryReader(store)
-    if not reader.is_finished:
-        shutil.rmtree(store)
-        return False
-    if reader.attributes != attributes:
-        raise UserError(f"{store} holds another import (other files or options); choose another folder, or remove it")
-    return True
 
 
 def _origin(source: _Source) -> dict[str, Any]:
