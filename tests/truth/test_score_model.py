@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dig_scale.batch import Context, Geometry, collate
-from dig_scale.config import Diffusion, Model, bundled_recipes, load_recipe
+from dig_scale.config import Diffusion, Model
 from dig_scale.diffusion.composition import composition_for
 from dig_scale.model.features import featurise
 from dig_scale.model.pair_bias import U_STOP, RadialChannels
 from dig_scale.model.score_model import ScoreModel, count_parameters
+from dig_scale.recipe_files import bundled_recipes, load_recipe
 from dig_scale.system import System, SystemKind
 from dig_scale.tree import tree_map
 from tests.molecules import alanine_dipeptide_heavy, five_beads

@@ -37,6 +37,8 @@ def anchored_context(n_sites: int) -> Context:
         periodic=torch.zeros(1, 3).bool(),
         condition=torch.zeros(1, 0),
         known=torch.zeros(1, 0).bool(),
+        site_features=torch.zeros(1, n_sites, 0),
+        pair_features=torch.zeros(1, n_sites, n_sites, 0),
     )
 
 
