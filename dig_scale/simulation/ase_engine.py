@@ -24,6 +24,7 @@ from dig_scale.importers.slab import layers, surface_normal
 from dig_scale.simulation.ase_emt import EMTPotential, require_emt_elements
 from dig_scale.simulation.calculators import atoms_of, calculator_named, method_of
 from dig_scale.simulation.engine import PhaseSpace, SimulationError
+from dig_scale.simulation.force_field import time_step_fs
 from dig_scale.system import Frames, SiteRole, System
 from dig_scale.units import ANGSTROM_PER_NM, EV_PER_KJ_MOL, PS_PER_FS, thermal_energy
 
@@ -191,7 +192,8 @@ def engines_at(system: System, simulate: Simulate, temperatures: Sequence[float]
     spec = simulate.calculator or CalculatorSpec()
     held = SlabLayers(simulate.slab_layers)
     potential = potential_of(system, spec)
-    every = [Dynamics(kelvin, simulate.friction_per_ps, simulate.time_step_fs, held) for kelvin in temperatures]
+    step = time_step_fs(system, simulate)
+    every = [Dynamics(kelvin, simulate.friction_per_ps, step, held) for kelvin in temperatures]
     return [ASEEngine(system, potential, dynamics, spec) for dynamics in every]
 
 

@@ -28,6 +28,7 @@ from dig_scale.errors import UserError
 from dig_scale.ray_token import share_ray_token
 from dig_scale.simulation.ase_start import surface_start
 from dig_scale.simulation.engine import SimulationError
+from dig_scale.simulation.force_field import LONGEST_STEP_FS, shortest_automatic_step_fs
 from dig_scale.simulation.journal import replica_files
 from dig_scale.simulation.ladder import Timetable
 from dig_scale.simulation.openmm_start import start_from_spec
@@ -140,7 +141,7 @@ def _checked(recipe: Recipe) -> Simulate:
         raise UserError(
             f"recipe {recipe.name!r}: needs a [simulate] section and at least one [[systems]] entry to simulate"
         )
-    Timetable.of(recipe.simulate)
+    Timetable.of(recipe.simulate, shortest_automatic_step_fs(recipe.simulate))
     for spec in recipe.systems:
         if not _FOLDER_NAME.fullmatch(spec.name):
             raise UserError(f"system name {spec.name!r}: use letters, digits, . _ and -, for it names a folder")
@@ -180,6 +181,8 @@ def _claim(out: Path, recipe: Recipe) -> None:
         return
     held = json.loads(file.read_text())["recipe"]
     wanted = _identity(recipe)
+    if wanted["simulate"]["time_step_fs"] is None and held["simulate"]["time_step_fs"] == LONGEST_STEP_FS:
+        held["simulate"]["time_step_fs"] = None  # written when this was the step of every system
     differing = sorted(_differences("", held, wanted))
     if differing:
         raise UserError(

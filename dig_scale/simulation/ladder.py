@@ -40,16 +40,16 @@ class Timetable:
     chunk_frames: int
 
     @classmethod
-    def of(cls, simulate: Simulate) -> Timetable:
-        """The timetable of a recipe; raises SimulationError for a time that is no whole number of steps."""
+    def of(cls, simulate: Simulate, time_step_fs: float) -> Timetable:
+        """The timetable of a recipe with this time step; raises SimulationError for a time that is no whole number of steps."""
         exchange = simulate.replica_exchange
-        steps = _Steps(simulate.time_step_fs)
+        steps = _Steps(time_step_fs)
         return cls(
             frame_steps=steps("frame_spacing_ps", simulate.frame_spacing_ps),
             exchange_steps=steps("replica_exchange.exchange_interval_ps", exchange.exchange_interval_ps)
             if exchange
             else None,
-            equilibration_steps=round(simulate.equilibration_ps / (simulate.time_step_fs * PS_PER_FS)),
+            equilibration_steps=round(simulate.equilibration_ps / (time_step_fs * PS_PER_FS)),
             frames=simulate.frames,
             chunk_frames=simulate.chunk_frames,
         )

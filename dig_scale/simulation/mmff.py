@@ -22,8 +22,7 @@ import numpy as np
 import openmm
 
 from dig_scale.simulation.engine import SimulationError
-
-Variant = Literal["MMFF94", "MMFF94s"]
+from dig_scale.simulation.force_field import Variant
 
 _KJ_PER_KCAL = 4.184
 _MDYNE_ANGSTROM = 143.9325

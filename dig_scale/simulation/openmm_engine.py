@@ -20,14 +20,8 @@ import openmm
 
 from dig_scale.config import Simulate
 from dig_scale.simulation.engine import PhaseSpace, SimulationError
-from dig_scale.simulation.openmm_systems import (
-    PLATFORM_PROPERTIES,
-    PREPARED,
-    Model,
-    build_model,
-    build_openmm_system,
-    mmff_variant,
-)
+from dig_scale.simulation.force_field import PREPARED, mmff_variant, time_step_fs
+from dig_scale.simulation.openmm_systems import PLATFORM_PROPERTIES, Model, build_model, build_openmm_system
 from dig_scale.simulation.whole import Whole
 from dig_scale.system import Frames, System
 from dig_scale.units import ANGSTROM_PER_NM, EV_PER_ANGSTROM_PER_KJ_MOL_NM, EV_PER_KJ_MOL, PS_PER_FS
@@ -57,6 +51,7 @@ class OpenMMEngine:
     ) -> None:
         self._name = system.name
         self._simulate = simulate
+        self._time_step_fs = time_step_fs(system, simulate)
         self._temperature = temperature
         self._platform = openmm.Platform.getPlatformByName(platform)
         self._properties = PLATFORM_PROPERTIES.get(platform, {})
@@ -78,7 +73,7 @@ class OpenMMEngine:
             "thermostat": "Langevin middle",
             "friction_per_ps": self._simulate.friction_per_ps,
             "temperature_K": self._temperature,
-            "time_step_fs": self._simulate.time_step_fs,
+            "time_step_fs": self._time_step_fs,
             "constraints": self._simulate.constraints,
             "hydrogen_mass_amu": self._simulate.hydrogen_mass,
         }
@@ -133,7 +128,7 @@ class OpenMMEngine:
         forces = state.getForces(asNumpy=True)._value[self._model.solute] * EV_PER_ANGSTROM_PER_KJ_MOL_NM
         return Frames(
             positions=self._made_whole(positions)[None],
-            time_ps=np.array([self._steps_taken() * self._simulate.time_step_fs * PS_PER_FS]),
+            time_ps=np.array([self._steps_taken() * self._time_step_fs * PS_PER_FS]),
             energy=np.array([energy]),
             forces=forces[None],
         )
@@ -154,7 +149,7 @@ class OpenMMEngine:
         return positions if self._whole is None or box is None else self._whole(positions, box)
 
     def _new_context(self, noise_seed: int) -> openmm.Context:
-        time_step = self._simulate.time_step_fs * PS_PER_FS
+        time_step = self._time_step_fs * PS_PER_FS
         integrator = openmm.LangevinMiddleIntegrator(self._temperature, self._simulate.friction_per_ps, time_step)
         integrator.setRandomNumberSeed(noise_seed)
         self._context = openmm.Context(self._model.openmm_system, integrator, self._platform, self._properties)

@@ -22,6 +22,7 @@ from dig_scale.importers import residues
 from dig_scale.importers.atoms import bonds_of, system_of_atoms
 from dig_scale.importers.completion import complete_heavy_atoms
 from dig_scale.importers.molecule import molecule_names, read_molecules, systems_from_file
+from dig_scale.importers.pocket import Place, Points
 from dig_scale.importers.protein import repeatable_random
 from dig_scale.simulation.engine import SimulationError
 from dig_scale.system import SiteRole, System, SystemKind
@@ -59,13 +60,14 @@ def posed_ligands(path: Path) -> dict[str, System]:
     return posed
 
 
-def pocket_complex(name: str, protein: Path, ligand: System, radius: float) -> System:
-    """`ligand` with all residues of `protein` that have a heavy atom within `radius` Å of its heavy atoms.
+def pocket_complex(name: str, protein: Path, ligand: System, radius: float, place: Place | None = None) -> System:
+    """`ligand` with all residues of `protein` that have a heavy atom within `radius` Å of a place, or of its own heavy atoms.
 
     Raises SimulationError when there is none, UserError for a structure that cannot be read or completed.
     """
     structure = _read(protein)
-    chosen, skipped = _near(structure, ligand, radius)
+    around = place or Points(ligand.reference_positions[ligand.heavy_sites()])
+    chosen, skipped = _near(structure, around, radius)
     if not chosen:
         raise SimulationError(f"system {name!r}: no amino acid of {protein} within {radius:g} Å of the ligand")
     pocket = _pocket(name, _cut_out(structure, chosen), protein)
@@ -98,17 +100,16 @@ def _is_bonded(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
     return "C" in one and "N" in two and bool(np.linalg.norm(one["C"] - two["N"]) < _LONGEST_PEPTIDE_BOND)
 
 
-def _near(structure: _Structure, ligand: System, radius: float) -> tuple[list[int], dict[str, int]]:
+def _near(structure: _Structure, around: Place, radius: float) -> tuple[list[int], dict[str, int]]:
     """Numbers of the residues that are in, and how many others that near were left out, by name.
 
     A single residue between two that are in is in as well: it could not cap both.
     """
-    around = ligand.reference_positions[ligand.heavy_sites()]
     chosen: set[int] = set()
     skipped: dict[str, int] = {}
     for number, (residue, places) in enumerate(zip(structure.residues, structure.places, strict=True)):
-        here = np.array(list(places.values())).reshape(-1, 1, 3)
-        if not len(here) or np.linalg.norm(here - around, axis=-1).min() > radius:
+        here = np.array(list(places.values())).reshape(-1, 3)
+        if not len(here) or around.distances(here).min() > radius:
             continue
         if residues.standard_name(residue.name) in residues.AMINO_ACIDS:
             chosen.add(number)

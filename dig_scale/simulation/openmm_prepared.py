@@ -24,7 +24,8 @@ from dig_scale.config import Simulate
 from dig_scale.importers import residues
 from dig_scale.importers.atoms import system_of_atoms
 from dig_scale.simulation.engine import SimulationError
-from dig_scale.simulation.openmm_systems import PREPARED, Model, obc2, with_native_obc2
+from dig_scale.simulation.force_field import PREPARED
+from dig_scale.simulation.openmm_systems import Model, obc2, with_native_obc2
 from dig_scale.simulation.whole import Whole
 from dig_scale.system import System
 from dig_scale.units import ANGSTROM_PER_NM

@@ -19,13 +19,8 @@ from openmm import app
 from dig_scale.config import Simulate
 from dig_scale.importers.residues import is_peptide
 from dig_scale.simulation.engine import SimulationError
-from dig_scale.simulation.openmm_systems import (
-    PLATFORM_PROPERTIES,
-    Model,
-    mmff_variant,
-    openmm_topology,
-    require_all_atoms,
-)
+from dig_scale.simulation.force_field import mmff_variant
+from dig_scale.simulation.openmm_systems import PLATFORM_PROPERTIES, Model, openmm_topology, require_all_atoms
 from dig_scale.system import System
 from dig_scale.units import ANGSTROM_PER_NM, PS_PER_FS
 
@@ -74,7 +69,9 @@ def solvated(system: System, simulate: Simulate, solvent: ExplicitSolvent) -> Mo
     return Model(model, positions, np.arange(system.n_sites))
 
 
-def at_pressure(model: Model, simulate: Simulate, solvent: ExplicitSolvent, platform: str) -> Model:
+def at_pressure(
+    model: Model, simulate: Simulate, solvent: ExplicitSolvent, platform: str, time_step_fs: float
+) -> Model:
     """The model with the box and positions that a constant-pressure run of the recipe's length ends in, without barostat.
 
     Raises SimulationError when the run breaks down.
@@ -83,7 +80,7 @@ def at_pressure(model: Model, simulate: Simulate, solvent: ExplicitSolvent, plat
     barostat = openmm.MonteCarloBarostat(solvent.pressure_bar, simulate.temperature, _BAROSTAT_STEPS)
     barostat.setRandomNumberSeed(_SEED)
     system.addForce(barostat)
-    time_step = simulate.time_step_fs * PS_PER_FS
+    time_step = time_step_fs * PS_PER_FS
     integrator = openmm.LangevinMiddleIntegrator(simulate.temperature, simulate.friction_per_ps, time_step)
     integrator.setRandomNumberSeed(_SEED)
     context = openmm.Context(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from dig_scale.config import Simulate, SystemSpec
 from dig_scale.importers import system_from_spec
+from dig_scale.simulation.force_field import time_step_fs
+from dig_scale.simulation.openmm_complex import complex_system
 from dig_scale.simulation.openmm_engine import PlatformChoice, fastest_platform
 from dig_scale.simulation.openmm_prepared import prepared_system
 from dig_scale.simulation.openmm_solvent import at_pressure, solvated
-from dig_scale.simulation.openmm_systems import DEFAULT_FORCE_FIELD, MMFF_NAMES, Model, build_model
+from dig_scale.simulation.openmm_systems import Model, build_model
 from dig_scale.system import System
 
 
@@ -27,23 +29,23 @@ class Start:
 
 
 def start_from_spec(spec: SystemSpec, simulate: Simulate) -> Start:
-    """The start of a recipe's entry: imported, solvated or read as prepared; raises UserError as those do."""
-    files = getattr(spec, "prepared", None)
-    if files:
-        system, model = prepared_system(spec.name, [Path(file) for file in files], simulate)
+    """The start of a recipe's entry: imported, solvated, a ligand in its pocket, or read as prepared; raises UserError as
+    those do."""
+    if spec.prepared or spec.complex:
+        system, model = (
+            complex_system(spec.name, spec.complex, simulate)
+            if spec.complex
+            else prepared_system(spec.name, [Path(file) for file in spec.prepared or ()], simulate)
+        )
         return Start(system, model, fastest_platform(system, simulate, model))
-    system = system_from_spec(spec, for_import(simulate))
-    solvent = getattr(simulate, "explicit_solvent", None)
+    system = system_from_spec(spec, simulate)
+    solvent = simulate.explicit_solvent
     if solvent is None:
         model = build_model(system, simulate)
         return Start(system, model, fastest_platform(system, simulate, model))
     dry = solvated(system, simulate, solvent)
     platform = fastest_platform(system, simulate, dry)
-    model = at_pressure(dry, simulate, solvent, platform.platform) if solvent.pressure_equilibration_ps else dry
-    return Start(system, model, platform)
-
-
-def for_import(simulate: Simulate) -> Simulate:
-    """The settings in whose force field a peptide's geometry is relaxed: OpenMM's files, which MMFF is none of."""
-    named = any(name.lower() in MMFF_NAMES for name in simulate.force_field)
-    return simulate.model_copy(update={"force_field": DEFAULT_FORCE_FIELD}) if named else simulate
+    if not solvent.pressure_equilibration_ps:
+        return Start(system, dry, platform)
+    step = time_step_fs(system, simulate)
+    return Start(system, at_pressure(dry, simulate, solvent, platform.platform, step), platform)

@@ -24,17 +24,12 @@ from openmm.app.internal.customgbforces import GBSAOBC2Force
 
 from dig_scale.config import Simulate
 from dig_scale.importers.molecule import rdkit_molecule
-from dig_scale.importers.residues import is_peptide
 from dig_scale.simulation.engine import SimulationError
-from dig_scale.simulation.mmff import MMFF, Variant, parametrised
-from dig_scale.system import System
+from dig_scale.simulation.force_field import LONGEST_MMFF_STEP_FS, PREPARED, Variant, mmff_variant, time_step_fs
+from dig_scale.simulation.mmff import MMFF, parametrised
+from dig_scale.system import SiteRole, System
 from dig_scale.units import ANGSTROM_PER_NM
 
-MMFF_NAMES: dict[str, Variant] = {"mmff94": "MMFF94", "mmff94s": "MMFF94s"}
-"""Names in `simulate.force_field` that are no files."""
-DEFAULT_FORCE_FIELD = Simulate().force_field
-"""Means Amber for peptides and MMFF94 for other molecules."""
-_LONGEST_MMFF_STEP_FS = 2.0
 _OFFSET_NM = 0.009
 _SOLVENT_DIELECTRIC = 78.5
 _SOLUTE_DIELECTRIC = 1.0
@@ -42,8 +37,6 @@ _IMPLICIT_SOLVENT = {"obc2": ("implicit/obc2.xml",), "none": ()}
 _MODEL_FILE = "model.npz"
 PLATFORM_PROPERTIES = {"CPU": {"Threads": "1", "DeterministicForces": "true"}, "CUDA": {"Precision": "mixed"}}
 """How each platform is run: one thread per replica."""
-PREPARED = "prepared"
-"""Key of a System's origin: names of the files it was prepared in by another program."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,8 @@ def stored_or_built(folder: Path, system: System, simulate: Simulate) -> Model:
     """The model stored in `folder`, or a new one; raises SimulationError where a new one would be another."""
     if (folder / _MODEL_FILE).is_file():
         return Model.load(folder)
-    if PREPARED in system.origin or getattr(simulate, "explicit_solvent", None) is not None:
+    has_more = simulate.explicit_solvent is not None or bool((system.roles == SiteRole.POCKET).any())
+    if has_more or PREPARED in system.origin:
         raise SimulationError(f"{folder / _MODEL_FILE} is gone; restore it, or remove {folder} and simulate again")
     return build_model(system, simulate)
 
@@ -101,22 +95,6 @@ def build_openmm_system(system: System, simulate: Simulate) -> openmm.System:
     variant = mmff_variant(system, simulate)
     model = _from_files(system, simulate) if variant is None else _from_mmff(system, simulate, variant)
     return with_fixed_sites(model, system.mobile)
-
-
-def mmff_variant(system: System, simulate: Simulate) -> Variant | None:
-    """The MMFF that a recipe gives a System, None where OpenMM's force-field files are meant.
-
-    Raises SimulationError where MMFF stands among files.
-    """
-    named = [name for name in simulate.force_field if name.lower() in MMFF_NAMES]
-    if named and len(simulate.force_field) > 1:
-        raise SimulationError(
-            f"simulate.force_field {list(simulate.force_field)}: {named[0]} describes a system by itself; give it alone"
-        )
-    if named:
-        return MMFF_NAMES[named[0].lower()]
-    is_default = simulate.force_field == DEFAULT_FORCE_FIELD
-    return "MMFF94" if is_default and not is_peptide(system.residue_names) else None
 
 
 def require_all_atoms(system: System) -> None:
@@ -243,11 +221,11 @@ def _require_bond_orders(system: System) -> None:
 
 
 def _require_short_step(system: System, simulate: Simulate) -> None:
-    """MMFF's quartic bonds get stiffer as they are compressed: at 4 fs a carbonyl gains energy until it bursts."""
-    if simulate.time_step_fs > _LONGEST_MMFF_STEP_FS:
+    chosen = time_step_fs(system, simulate)
+    if chosen > LONGEST_MMFF_STEP_FS:
         raise SimulationError(
-            f"system {system.name!r}: simulate.time_step_fs is {simulate.time_step_fs:g}, too long for the anharmonic bonds "
-            f"of MMFF; set simulate.time_step_fs = {_LONGEST_MMFF_STEP_FS:g} or less"
+            f"system {system.name!r}: simulate.time_step_fs is {chosen:g}, too long for the anharmonic bonds "
+            f"of MMFF; set simulate.time_step_fs = {LONGEST_MMFF_STEP_FS:g} or less, or leave it out"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from dig_scale import __version__
 from dig_scale.config import Simulate
 from dig_scale.simulation.engine import Engine
+from dig_scale.simulation.force_field import time_step_fs
 from dig_scale.simulation.journal import Entry, ReplicaFiles, ReplicaJournal, replica_files
 from dig_scale.simulation.ladder import Advance, LadderState, NoiseKey, Timetable, equilibrated, in_turn, next_chunk
 from dig_scale.simulation.openmm_engine import OpenMMEngine
@@ -74,7 +75,7 @@ class ReplicaRun:
 
     def __init__(self, job: ReplicaJob) -> None:
         self._job = job
-        self._timetable = Timetable.of(job.simulate)
+        self._timetable = Timetable.of(job.simulate, time_step_fs(job.system, job.simulate))
         self._noise = NoiseKey(job.recipe_seed, job.simulate.seed, job.system.name, job.replica)
         self._engines, self._together = _engines(job)
         origins = [self._origin(rung, engine) for rung, engine in enumerate(self._engines)]

@@ -132,10 +132,10 @@ def test_noise_differs_between_replicas_chunks_rungs_and_seeds() -> None:
 @pytest.mark.parametrize("wrong", [{"frame_spacing_ps": 0.0051}, {"frame_spacing_ps": 0.001}])
 def test_spacing_that_is_no_whole_number_of_steps_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(SimulationError, match=r"frame_spacing_ps.*4 fs"):
-        Timetable.of(Simulate.model_validate(wrong))
+        Timetable.of(Simulate.model_validate(wrong), 4.0)
 
 
 def test_timetable_counts_steps() -> None:
     exchange = ReplicaExchange(temperatures=(300.0, 400.0), exchange_interval_ps=0.5)
-    timetable = Timetable.of(Simulate(frame_spacing_ps=1.0, replica_exchange=exchange, equilibration_ps=2.0))
+    timetable = Timetable.of(Simulate(frame_spacing_ps=1.0, replica_exchange=exchange, equilibration_ps=2.0), 4.0)
     assert (timetable.frame_steps, timetable.exchange_steps, timetable.equilibration_steps) == (250, 125, 500)

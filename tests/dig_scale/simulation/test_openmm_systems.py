@@ -12,14 +12,13 @@ import pytest
 from dig_scale.config import Simulate, SystemSpec
 from dig_scale.importers import system_from_spec
 from dig_scale.simulation.engine import SimulationError
+from dig_scale.simulation.force_field import PREPARED, mmff_variant
 from dig_scale.simulation.openmm_engine import OpenMMEngine
 from dig_scale.simulation.openmm_start import start_from_spec
 from dig_scale.simulation.openmm_systems import (
-    PREPARED,
     Model,
     build_model,
     build_openmm_system,
-    mmff_variant,
     obc2,
     openmm_topology,
     stored_or_built,
