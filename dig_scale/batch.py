@@ -64,7 +64,8 @@ class Context:
     reference distances in Å; anchor [b,N,3] Å, where the noise of a site reverts to; extent [b,N] in Å, the
     root-mean-square coordinate of a site about its anchor; free [b], whether translations are no degree of freedom;
     cell [b,3,3] Å of a fixed cell and periodic [b,3] its periodic directions (zeros where there is none); condition
-    [b,C] wanted properties in units of their spread, and known [b,C], which of them are given.
+    [b,C] wanted properties in units of their spread, and known [b,C], which of them are given; site_features [b,N,F] and
+    pair_features [b,N,N,P] of other networks, of width 0 where there are none.
     """
 
     present: Tensor
@@ -85,6 +86,8 @@ class Context:
     periodic: Tensor
     condition: Tensor
     known: Tensor
+    site_features: Tensor
+    pair_features: Tensor
 
     def to(self, device: torch.device | str) -> Context:
         """A copy on `device`."""
@@ -124,7 +127,7 @@ def padded_to(contexts: Sequence[Context], n_sites: int) -> tuple[Context, ...]:
     return tuple(_pad_context(context, n_sites) for context in contexts)
 
 
-_SITE_AXES = {"pair_segment": 2, "path_length": 2, "bond_order": 2, "pair_reference": 2}
+_SITE_AXES = {"pair_segment": 2, "path_length": 2, "bond_order": 2, "pair_reference": 2, "pair_features": 2}
 _NO_SITE_AXIS = ("free", "cell", "periodic", "condition", "known")
 
 

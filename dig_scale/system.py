@@ -6,6 +6,7 @@ reference geometry. It is validated once, at construction, and travels as JSON. 
 
 from __future__ import annotations
 
+import base64
 import enum
 import hashlib
 import json
@@ -79,6 +80,10 @@ class System:
     """Empty at construction: all PLAIN."""
     cell: np.ndarray | None = None
     periodic: tuple[bool, bool, bool] = (False, False, False)
+    site_features: np.ndarray | None = None
+    """[N, C], what another network says of each site, such as a language model of its residues; exact in half precision."""
+    pair_features: np.ndarray | None = None
+    """[N, N, P], the same of ordered pairs of sites."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Where it came from: {"source": "sequence" | file name, ...}; never part of the identity."""
 
@@ -89,6 +94,9 @@ class System:
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=dtype))
         if self.cell is not None:
             object.__setattr__(self, "cell", np.ascontiguousarray(self.cell, dtype=np.float64))
+        for name in _FEATURE_FIELDS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _halved(getattr(self, name)))
         if self.kind in list(SystemKind):
             object.__setattr__(self, "kind", SystemKind(self.kind))
         object.__setattr__(self, "periodic", tuple(bool(value) for value in self.periodic))
@@ -101,7 +109,7 @@ class System:
 
     @property
     def system_id(self) -> str:
-        """16 hex digits that identify the descriptor (topology, mobile sites, reference geometry to 1e-3 Å)."""
+        """16 hex digits that identify the descriptor (topology, mobile sites, features, reference geometry to 1e-3 Å)."""
         content = self.to_dict()
         content.pop("origin")
         content["reference_positions"] = np.round(self.reference_positions, 3).tolist()
@@ -119,6 +127,8 @@ class System:
         }
         content |= {"atom_names": list(self.atom_names), "residue_names": list(self.residue_names)}
         content |= {"cell": None if self.cell is None else self.cell.tolist(), "periodic": list(self.periodic)}
+        given = {name: value for name in _FEATURE_FIELDS if (value := getattr(self, name)) is not None}
+        content |= {name: _packed(value) for name, value in given.items()}
         return content | {name: getattr(self, name).tolist() for name in _ARRAY_FIELDS}
 
     @classmethod
@@ -143,6 +153,7 @@ class System:
             cell=None if content.get("cell") is None else np.asarray(content["cell"]),
             periodic=tuple(content.get("periodic", (False, False, False))),
             origin=content.get("origin", {}),
+            **{name: _unpacked(content, name) for name in _FEATURE_FIELDS if content.get(name) is not None},
             **arrays,
         )
 
@@ -185,6 +196,8 @@ class System:
             mobile=self.mobile[chosen],
             roles=self.roles[chosen],
             reference_positions=self.reference_positions[chosen],
+            site_features=None if self.site_features is None else self.site_features[chosen],
+            pair_features=None if self.pair_features is None else self.pair_features[np.ix_(chosen, chosen)],
         )
 
     def heavy_sites(self) -> np.ndarray:
@@ -235,6 +248,29 @@ _ARRAY_FIELDS: dict[str, type] = {
     "roles": np.int64,
     "reference_positions": np.float64,
 }
+_FEATURE_FIELDS: dict[str, int] = {"site_features": 1, "pair_features": 2}
+"""Number of axes that run over sites."""
+
+
+def _halved(values: Any) -> np.ndarray:
+    """float32 of half precision, so that what is stored is what was there."""
+    with np.errstate(over="ignore"):  # validation names the site
+        return np.ascontiguousarray(np.asarray(values, np.float32).astype("<f2"), dtype=np.float32)
+
+
+def _packed(values: np.ndarray) -> dict[str, Any]:
+    """JSON of an array of half precision."""
+    return {"shape": list(values.shape), "float16": base64.b64encode(values.astype("<f2").tobytes()).decode()}
+
+
+def _unpacked(content: dict[str, Any], name: str) -> np.ndarray:
+    try:
+        values = np.frombuffer(base64.b64decode(content[name]["float16"], validate=True), "<f2")
+        return values.reshape([int(size) for size in content[name]["shape"]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidSystemError(
+            f"system {content['name']!r}, {name}: expected a shape and base64 of its float16 values ({error})"
+        ) from None
 
 
 def _validate(system: System) -> None:
@@ -257,6 +293,7 @@ def _validate(system: System) -> None:
         fail("elements", f"atomic number {system.elements[bad[0]]} at {system.site_label(int(bad[0]))}")
     _validate_bonds(system, fail)
     _validate_cell(system, fail)
+    _validate_features(system, fail)
     if system.stereocentres.shape[1:] != (4,) or (len(system.stereocentres) and not _in_range(system.stereocentres, n)):
         fail("stereocentres", f"expected rows (centre, a, b, c) of indices below {n}")
 
@@ -273,6 +310,20 @@ def _validate_cell(system: System, fail: _Failure) -> None:
         fail("cell", f"expected 3 finite vectors in Å, found {system.cell.tolist()}")
     if abs(np.linalg.det(system.cell)) < SMALLEST_CELL:
         fail("cell", f"its volume is {abs(np.linalg.det(system.cell)):.3g} Å³, expected at least {SMALLEST_CELL:g}")
+
+
+def _validate_features(system: System, fail: _Failure) -> None:
+    for name, axes in _FEATURE_FIELDS.items():
+        values = getattr(system, name)
+        if values is None:
+            continue
+        if values.ndim != axes + 1 or values.shape[:-1] != (system.n_sites,) * axes or not values.shape[-1]:
+            expected = ", ".join([str(system.n_sites)] * axes)
+            fail(name, f"shape {values.shape}, expected ({expected}, features) with at least one feature")
+        bad = np.argwhere(~np.isfinite(values).all(axis=-1))
+        if len(bad):
+            places = " and ".join(system.site_label(int(site)) for site in bad[0])
+            fail(name, f"not finite, or beyond 65504, at {places}")
 
 
 def _validate_bonds(system: System, fail: _Failure) -> None:

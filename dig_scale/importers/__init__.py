@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from dig_scale.config import Simulate, SystemSpec
     from dig_scale.system import System
 
-_STRUCTURES = (".pdb", ".ent", ".cif", ".mmcif", ".pdbx")
-_MOLECULES = (".sdf", ".mol", ".mol2")
+STRUCTURE_FILES = (".pdb", ".ent", ".cif", ".mmcif", ".pdbx")
+"""Endings of files of proteins and peptides."""
+MOLECULE_FILES = (".sdf", ".mol", ".mol2")
+"""Endings of files of other molecules."""
 
 
 def system_from_spec(spec: SystemSpec, simulate: Simulate | None = None) -> System:
@@ -29,13 +31,15 @@ def system_from_spec(spec: SystemSpec, simulate: Simulate | None = None) -> Syst
 
 
 def _system_from_file(name: str, path: Path, simulate: Simulate | None) -> System:
+    if "$" in str(path):
+        raise UserError(f"system {name!r}: {path} names an environment variable that is not set")
     suffix = path.suffix.lower()
-    if suffix in _MOLECULES:
+    if suffix in MOLECULE_FILES:
         from dig_scale.importers.molecule import system_from_sdf
 
         return system_from_sdf(name, path)
-    if suffix not in _STRUCTURES:
-        known = ", ".join(_STRUCTURES + _MOLECULES)
+    if suffix not in STRUCTURE_FILES:
+        known = ", ".join(STRUCTURE_FILES + MOLECULE_FILES)
         raise UserError(f"system {name!r}: {path} has no known format; expected a file ending in {known}")
     from dig_scale.importers.protein import system_from_structure
 

@@ -29,6 +29,7 @@ from dig_scale.importers.backbone_file import (
     parent_name,
     read_models,
 )
+from dig_scale.importers.representations import represented
 from dig_scale.system import COARSE_GRAINED_BEAD, Frames, System, SystemKind
 from dig_scale.units import ANGSTROM_PER_NM
 
@@ -58,7 +59,8 @@ def read_backbone(name: str, paths: Sequence[Path], options: BackboneOptions | N
         "replaced": _unique([line for model in models for line in model.replaced]),
         "differences": differing,
     }
-    return _assembled(name, kept, names, atoms, np.arange(len(models), dtype=float), origin)
+    system, frames = _assembled(name, kept, names, atoms, np.arange(len(models), dtype=float), origin)
+    return _represented(system, chosen.representations), frames
 
 
 def backbone_of(system: System, frames: Frames) -> tuple[System, Frames]:
@@ -80,11 +82,16 @@ def backbone_of(system: System, frames: Frames) -> tuple[System, Frames]:
 
 
 def backbone_of_trajectory(
-    name: str, topology: Path, trajectories: Sequence[Path], frame_spacing_ps: float | None = None
+    name: str,
+    topology: Path,
+    trajectories: Sequence[Path],
+    frame_spacing_ps: float | None = None,
+    representations: str | None = None,
 ) -> tuple[System, Frames]:
     """System and Frames of trajectories that MDTraj reads (PSF/PDB/... with DCD/XTC/...), whole across periodic walls.
 
-    Times are the files' own, or multiples of frame_spacing_ps. Raises UserError naming the file.
+    Times are the files' own, or multiples of frame_spacing_ps; representations are what representations.represented takes.
+    Raises UserError naming the file.
     """
     if not trajectories:
         raise UserError(f"{topology}: no trajectory given; name at least one file")
@@ -99,7 +106,8 @@ def backbone_of_trajectory(
     times = np.concatenate([times for _, times in loaded])
     time_ps = times if frame_spacing_ps is None else frame_spacing_ps * np.arange(len(times))
     origin = {"source": [topology.name, *(path.name for path in trajectories)]}
-    return _assembled(name, places, names, atoms, time_ps, origin | more)
+    system, frames = _assembled(name, places, names, atoms, time_ps, origin | more)
+    return _represented(system, representations), frames
 
 
 def residue_chain(name: str, residue_names: Sequence[str], origin: Mapping[str, Any] | None = None) -> System:
@@ -135,6 +143,10 @@ def full_backbone(system: System, positions: np.ndarray, rotations: np.ndarray) 
         if BACKBONE_ATOMS[k] != "CB" or system.residue_names[residue] != "GLY"
     ]
     return _atomic_system(system, np.array(kept), joined, atoms[0, kept]), atoms[:, kept]
+
+
+def _represented(system: System, source: str | None) -> System:
+    return system if source is None else represented(system, source)
 
 
 def _common(name: str, models: Sequence[BackboneModel]) -> tuple[tuple[Place, ...], list[str]]:

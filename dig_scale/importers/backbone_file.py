@@ -44,13 +44,15 @@ class BackboneOptions:
     """What to read.
 
     chains: names of chains, in the order wanted (default: all with residues), or, in chains_of, by file name; leave_out:
-    residue names to leave out, such as "UNK"; differences between the sequences of files.
+    residue names to leave out, such as "UNK"; differences between the sequences of files; representations: what
+    representations.represented takes.
     """
 
     chains: tuple[str, ...] = ()
     chains_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     leave_out: tuple[str, ...] = ()
     differences: Differences = Differences.REFUSE
+    representations: str | None = None
 
 
 @dataclass(frozen=True, order=True)

@@ -4,7 +4,8 @@ In: CIF, extended XYZ and POSCAR files, and tables (CSV) with a column `cif` who
 Systems of kind CRYSTAL and their Frames, each structure in its Niggli-reduced cell (spglib), turned so that the cell is
 symmetric, sites wrapped and sorted by atomic number; repeats are removed before anything can be split. Atoms and cell come
 from gemmi (CIF, symmetry expanded) or ASE. A structure that cannot be used is rejected with its reason; a file that cannot
-be read is an error. Labels keep the unit of their column; `energy_per_atom`, in eV, also becomes the energy of the cell.
+be read is an error. Labels keep the unit of their column, and are NaN where a structure has none; `energy_per_atom`, in eV,
+also becomes the energy of the cell.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class CrystalOptions:
 
 @dataclass(frozen=True)
 class Crystal:
-    """One structure: elements [N], positions [N, 3] Å, cell [3, 3] Å (rows), labels, energy of the cell in eV if known;
-    `source` is its file and row.
+    """One structure: elements [N], positions [N, 3] Å, cell [3, 3] Å (rows), the labels that it has, energy of the cell in eV
+    if known; `source` is its file and row.
     """
 
     elements: np.ndarray
@@ -142,6 +143,7 @@ def load_crystals(
         first = f"; the first, {rejected[0].source}: {rejected[0].reason}" if rejected else ""
         raise UserError(f"{', '.join(map(str, paths))}: no usable crystal structure{first}")
     kept = _without_repeats(crystals, options)
+    _require_labels(paths, kept, options)
     groups = grouped(kept)
     volume, spread = cell_statistics(kept)
     report = CrystalReport(
@@ -157,6 +159,16 @@ def load_crystals(
     return groups, report
 
 
+def _require_labels(paths: Sequence[Path], crystals: Sequence[Crystal], options: CrystalOptions) -> None:
+    known = {name for one in crystals for name in one.labels}
+    missing = [name for name in options.labels or () if label_name(name) not in known]
+    if missing:
+        listed = ", ".join(sorted(known)) or "none"
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no structure has a number {missing[0]!r}; labels there: {listed}"
+        )
+
+
 def canonical(crystal: Crystal) -> Crystal:
     """The same crystal in its Niggli-reduced cell, turned to symmetric form, wrapped, sites sorted by atomic number."""
     reduced = torch.from_numpy(lattice.niggli_reduced(crystal.cell))
@@ -168,8 +180,8 @@ def canonical(crystal: Crystal) -> Crystal:
 
 
 def grouped(crystals: Sequence[Crystal]) -> list[tuple[System, Frames]]:
-    """Canonical crystals by composition; Frames carry the labels, and the energy, that all of them have."""
-    names = [name for name in crystals[0].labels if all(name in one.labels for one in crystals)]
+    """Canonical crystals by composition; Frames carry the labels that some have, NaN elsewhere, and the energy if all have."""
+    names = list(dict.fromkeys(name for one in crystals for name in one.labels))
     with_energy = all(one.energy is not None for one in crystals)
     systems = []
     for members in _by_composition(crystals):
@@ -178,7 +190,7 @@ def grouped(crystals: Sequence[Crystal]) -> list[tuple[System, Frames]]:
             time_ps=np.arange(len(members), dtype=float),
             energy=np.array([one.energy for one in members], float) if with_energy else None,
             cell=np.stack([one.cell for one in members]),
-            labels={name: np.array([one.labels[name] for one in members]) for name in names},
+            labels={name: np.array([one.labels.get(name, math.nan) for one in members]) for name in names},
         )
         systems.append((crystal_system(members[0].elements), frames))
     return sorted(systems, key=lambda pair: (pair[0].n_sites, pair[0].name))
@@ -322,10 +334,11 @@ def _from_table(row: Mapping[str, str], names: Sequence[str], source: str) -> Cr
 
     labels: dict[str, float] = {}
     for name in names:
-        value = _number(row[name])
-        if value is None or not math.isfinite(value):
-            raise _Unusable(f"{name} is {row[name]!r}, expected a finite number")
-        labels[label_name(name)] = value
+        value = math.nan if not (row[name] or "").strip() else _number(row[name])
+        if value is None or math.isinf(value):
+            raise _Unusable(f"{name} is {row[name]!r}, expected a finite number, or nothing where it is not known")
+        if not math.isnan(value):
+            labels[label_name(name)] = value
     try:
         blocks = list(gemmi.cif.read_string(row["cif"] or ""))
     except (ValueError, RuntimeError) as error:
@@ -380,12 +393,15 @@ def _from_ase(atoms: Any, options: CrystalOptions, source: str) -> Crystal:
         raise _Unusable(f"periodic in {int(atoms.pbc.sum())} directions, expected 3")
     numbers = {key: float(value) for key, value in atoms.info.items() if isinstance(value, int | float | np.number)}
     wanted = tuple(numbers) if options.labels is None else options.labels
-    missing = [name for name in wanted if not math.isfinite(numbers.get(name, math.nan))]
-    if missing:
-        raise _Unusable(f"no finite number {missing[0]!r}; it has {', '.join(numbers) or 'none'}")
+    infinite = [name for name in wanted if math.isinf(numbers.get(name, math.nan))]
+    if infinite:
+        raise _Unusable(
+            f"{infinite[0]} is {numbers[infinite[0]]}, expected a finite number, or NaN where it is not known"
+        )
+    known = [name for name in wanted if not math.isnan(numbers.get(name, math.nan))]
     energy = atoms.calc.results.get("energy") if atoms.calc is not None else None
     crystal = Crystal(atoms.numbers.astype(np.int64), atoms.positions, atoms.cell.array, {}, None, source)
-    crystal = _with_labels(crystal, {label_name(name): numbers[name] for name in wanted})
+    crystal = _with_labels(crystal, {label_name(name): numbers[name] for name in known})
     return crystal if energy is None else replace(crystal, energy=float(energy))
 
 

@@ -48,6 +48,8 @@ class Box:
 
     low: np.ndarray
     high: np.ndarray
+    named: str = "the pocket's box"
+    """What it is, for messages."""
 
     def __post_init__(self) -> None:
         if np.shape(self.low) != (3,) or np.shape(self.high) != (3,) or np.any(np.greater(self.low, self.high)):
@@ -65,6 +67,8 @@ class Points:
     """A place: points [K, 3] in Å in the protein's frame, as the atoms of a reference ligand, or one centre."""
 
     positions: np.ndarray
+    named: str = "the pocket's place"
+    """What they are, for messages."""
 
     def __post_init__(self) -> None:
         if np.ndim(self.positions) != 2 or np.shape(self.positions)[1:] != (3,) or not len(self.positions):
@@ -185,7 +189,7 @@ def pocket_system_from_complex(
     heavy_names = tuple(atom.name for atom in residue if not atom.is_hydrogen())
     named = replace(posed.system, atom_names=heavy_names, residue_names=(ligand.name,) * posed.system.n_sites)
     receptor = receptors.receptor_of(chosen.name or structure.stem, read, structure, chosen.cofactors)
-    place = chosen.place or Points(_pose(posed))
+    place = chosen.place or Points(_pose(posed), named=f"ligand {ligand.name}")
     return posed_in_pocket(replace(posed, system=named), _cut_out(receptor, place, chosen, structure))
 
 
@@ -239,8 +243,8 @@ def _cut_out(receptor: Receptor, place: Place, options: PocketOptions, path: Pat
     kept = near if options.shell is None else near & (distances <= options.shell)
     if not kept.any():
         raise UserError(
-            f"{path}: no atom within {options.shell or options.cutoff:g} Å of the pocket's place; the nearest is"
-            f" {distances.min():.1f} Å away: check that the place is in the protein's frame"
+            f"{path}: the protein has no atom within {options.shell or options.cutoff:g} Å of {place.named}; the nearest is"
+            f" {distances.min():.1f} Å away: check that both are in one frame"
         )
     cut = system.select(np.flatnonzero(kept))
     mobile = np.full(cut.n_sites, options.motion is PocketMotion.MOBILE)
@@ -265,7 +269,7 @@ def _place_of(molecules: Sequence[Any], names: Sequence[str], chosen: Sequence[s
         raise UserError(
             f"{path}: no molecule with coordinates, so the pocket's place is not known; give a box or a centre"
         )
-    return Points(np.concatenate(heavy))
+    return Points(np.concatenate(heavy), named=f"the ligands of {path.name}")
 
 
 def _number(name: str, names: Sequence[str], path: Path) -> int:

@@ -93,7 +93,7 @@ def _minimised(name: str, modeller: Any, simulate: Simulate) -> np.ndarray:
     from openmm import app, unit
 
     try:
-        force_field = app.ForceField(*simulate.force_field)
+        force_field = app.ForceField(*_files(simulate))
         method = app.NoCutoff if modeller.topology.getNumAtoms() < _SMALL_SYSTEM else app.CutoffNonPeriodic
         system = force_field.createSystem(
             modeller.topology, nonbondedMethod=method, nonbondedCutoff=1.0 * unit.nanometer
@@ -110,6 +110,12 @@ def _minimised(name: str, modeller: Any, simulate: Simulate) -> np.ndarray:
     state = context.getState(getPositions=True)
     positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer) * ANGSTROM_PER_NM
     return np.round(positions - positions.mean(axis=0), 3)
+
+
+def _files(simulate: Simulate) -> tuple[str, ...]:
+    """The recipe's force field where it is made of OpenMM's files; MMFF, which has none, relaxes no geometry here."""
+    named = any(name.lower().startswith("mmff") for name in simulate.force_field)
+    return Simulate().force_field if named else simulate.force_field
 
 
 def _discharge(system: Any) -> None:

@@ -30,7 +30,7 @@ def run_import(entry: Import, out: Path) -> list[Path]:
 
     Raises UserError naming file and place.
     """
-    filled = entry.model_copy(update={"files": tuple(map(_filled, entry.files))})
+    filled = entry.model_copy(update={"files": tuple(map(_filled, entry.files)), "options": _filled_options(entry)})
     with all_or_nothing(out):
         return READERS[entry.reader](filled, out)
 
@@ -60,12 +60,22 @@ def _remove(stores: set[Path]) -> None:
 
 
 def _filled(path: Path) -> Path:
-    filled = os.path.expandvars(str(path))
-    if "$" in filled:
-        raise UserError(f"imports: {path} names an environment variable that is not set")
+    filled = _expanded(str(path))
     if not Path(filled).is_file():
         raise UserError(f"imports: there is no file {filled}")
     return Path(filled)
+
+
+def _filled_options(entry: Import) -> dict[str, Any]:
+    given = entry.options.get("representations")
+    return entry.options | ({"representations": _expanded(given)} if isinstance(given, str) else {})
+
+
+def _expanded(text: str) -> str:
+    filled = os.path.expandvars(text)
+    if "$" in filled:
+        raise UserError(f"imports: {text} names an environment variable that is not set")
+    return filled
 
 
 def _options(kind: Callable[..., Options], entry: Import) -> Options:
@@ -118,7 +128,7 @@ def backbone_trajectory(entry: Import, out: Path) -> list[Path]:
     from dig_scale.importers.backbone import backbone_of_trajectory
 
     name, (topology, *trajectories) = _name(entry), entry.files
-    system, frames = backbone_of_trajectory(name, topology, trajectories, **_no_options(entry))
+    system, frames = backbone_of_trajectory(name, topology, trajectories, **_along_trajectories(entry))
     return [write_store(out / name / f"{name}.zarr", system, frames, imported(list(entry.files)))]
 
 
@@ -179,11 +189,12 @@ def trajectory(entry: Import, out: Path) -> list[Path]:
     return import_trajectory(topology, paths, out, _options(ImportOptions, entry))
 
 
-def _no_options(entry: Import) -> dict[str, Any]:
-    unknown = sorted(set(entry.options) - {"frame_spacing_ps"})
+def _along_trajectories(entry: Import) -> dict[str, Any]:
+    known = {"frame_spacing_ps": float, "representations": str}
+    unknown = sorted(set(entry.options) - set(known))
     if unknown:
-        raise UserError(f"imports, reader {entry.reader!r}: no option {unknown[0]!r}; options are frame_spacing_ps")
-    return {name: _typed(entry, name, float, value) for name, value in entry.options.items()}
+        raise UserError(f"imports, reader {entry.reader!r}: no option {unknown[0]!r}; options are {', '.join(known)}")
+    return {name: _typed(entry, name, known[name], value) for name, value in entry.options.items()}
 
 
 READERS: dict[str, Callable[[Import, Path], list[Path]]] = {

@@ -1,4 +1,5 @@
-"""AlphaFold2's single and pair representations of a protein, from files; what published protein networks are given.
+"""AlphaFold2's single and pair representations of a protein, from files; what published protein networks are given, and what
+networks of one's own may be given (`represented`), a language model's embedding and a template's distances among them.
 
 In: `.npz` with `single` [N, 384] and `pair` [N, N, 128]; `.pkl` of AlphaFold2 or DiG, the same keys at the top or under
 `representations`; or BioEmu's cache, `<name>_single.npy` with `<name>_pair.npy` beside it. Out: float32 arrays. Pickles are
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dig_scale.config import LANGUAGE_MODEL, TEMPLATE
 from dig_scale.errors import UserError
+from dig_scale.system import System, SystemKind
 
 SINGLE_WIDTH, PAIR_WIDTH = 384, 128
 _NUMPY_MODULES = (
@@ -42,6 +45,44 @@ class Representation:
     def residues(self) -> int:
         """Number of residues N."""
         return len(self.single)
+
+
+def represented(system: System, source: str) -> System:
+    """A protein with the features that `source` names: a file as read_representation takes it, `esm2:` and a language model,
+    or `template:` and a structure.
+
+    Raises UserError naming the file or model, and the system where it has another number of residues.
+    """
+    if system.kind != SystemKind.PROTEIN:
+        raise UserError(f"{source}: representations are of residues, and system {system.name!r} is a {system.kind}")
+    if source.startswith(LANGUAGE_MODEL):
+        from dig_scale.importers.language_model import embedded
+
+        single = embedded(system, source.removeprefix(LANGUAGE_MODEL))
+        return replace(system, site_features=single, pair_features=None, origin=_origin(system, source))
+    if source.startswith(TEMPLATE):
+        from dig_scale.importers.templates import template_features
+
+        path = Path(source.removeprefix(TEMPLATE))
+        origin = _origin(system, TEMPLATE + path.name)
+        return replace(system, site_features=None, pair_features=template_features(system, path), origin=origin)
+    read = read_representation(Path(source))
+    if read.residues != system.n_sites:
+        raise UserError(
+            f"{source}: single and pair are of {read.residues} residues, system {system.name!r} has {system.n_sites}"
+            + _left_out(system)
+        )
+    origin = _origin(system, Path(source).name)
+    return replace(system, site_features=read.single, pair_features=read.pair, origin=origin)
+
+
+def _origin(system: System, representations: str) -> dict[str, Any]:
+    return system.origin | {"representations": representations}
+
+
+def _left_out(system: System) -> str:
+    missing = system.origin.get("left_out")
+    return f" (left out of it: {'; '.join(missing[:3])}{'; ...' if len(missing) > 3 else ''})" if missing else ""
 
 
 def read_representation(path: Path) -> Representation:

@@ -1,8 +1,9 @@
 """One consolidated file per trained model: `model.safetensors`, with all that sampling needs and nothing that can execute.
 
-Tensors are named `weights/<parameter>` and `ema/<parameter>`; the header holds one JSON text under `dig_scale`: format
-version, step, recipe, systems with their numbers of training frames, and training cost. Written atomically. Knows neither
-DeepSpeed nor how training goes on after an interruption (see training.run_folder).
+Tensors are named `weights/<parameter>` and `ema/<parameter>`, and `systems/<number>/<field>` where systems have features of
+other networks, which may be larger than a header; the header holds one JSON text under `dig_scale`: format version, step,
+recipe, systems with their numbers of training frames, and training cost. Written atomically. Knows neither DeepSpeed nor how
+training goes on after an interruption (see training.run_folder).
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dig_scale.config import Recipe, parse_recipe
+from dig_scale.config import Recipe
 from dig_scale.errors import UserError
 from dig_scale.model.score_model import ScoreModel
+from dig_scale.recipe_files import parse_recipe
 from dig_scale.system import System
 
 FORMAT_VERSION = 1
@@ -46,11 +49,13 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
     """Write the file atomically (temporary file, fsync, rename) and return its path."""
     tensors = _prefixed("weights", checkpoint.weights) | _prefixed("ema", checkpoint.ema)
+    for number, system in enumerate(checkpoint.systems):
+        tensors |= _prefixed(f"systems/{number}", _features(system))
     header = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "recipe": checkpoint.recipe.model_dump(mode="json"),
-        "systems": [system.to_dict() for system in checkpoint.systems],
+        "systems": [replace(one, site_features=None, pair_features=None).to_dict() for one in checkpoint.systems],
         "training_cost": checkpoint.training_cost,
         "frames": list(checkpoint.frames),
     }
@@ -76,7 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         weights=_unprefixed("weights", tensors),
         ema=_unprefixed("ema", tensors),
         recipe=parse_recipe(header["recipe"], str(file)),
-        systems=tuple(System.from_dict(content) for content in header["systems"]),
+        systems=tuple(_system(content, number, tensors) for number, content in enumerate(header["systems"])),
         step=header["step"],
         training_cost=header["training_cost"],
         frames=tuple(header.get("frames", ())),
@@ -105,6 +110,18 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _HEADER not in metadata:
         raise UserError(f"{file} was not written by dig-scale: it has no {_HEADER!r} header")
     return json.loads(metadata[_HEADER]), tensors
+
+
+def _features(system: System) -> dict[str, Tensor]:
+    """The features of other networks that a system has, in the half precision that they are exact in."""
+    found = {"site_features": system.site_features, "pair_features": system.pair_features}
+    return {name: torch.from_numpy(values).half() for name, values in found.items() if values is not None}
+
+
+def _system(content: dict[str, Any], number: int, tensors: Mapping[str, Tensor]) -> System:
+    held = {name: values.numpy() for name, values in _unprefixed(f"systems/{number}", tensors).items()}
+    bare = System.from_dict(content)
+    return replace(bare, site_features=held.get("site_features"), pair_features=held.get("pair_features"))
 
 
 def _prefixed(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

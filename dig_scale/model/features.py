@@ -12,7 +12,8 @@ at the centroid of its pocket, so that nothing of its pose is told.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
 from dig_scale.batch import Context
+from dig_scale.config import Model
 from dig_scale.errors import UserError
 from dig_scale.system import SiteRole, System, SystemKind
 
@@ -42,6 +44,7 @@ EXTENTS: Mapping[int, float] = {
 """Å; how far anchored sites stray, per coordinate."""
 LIGAND_OFFSET = 2.5
 """Å; distance of a ligand's centre from its pocket's, per coordinate."""
+_FEATURES_OF_OTHERS = ("site_features", "pair_features")
 _RESIDUES = (
     *("ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE"),
     *("LEU", "LYS", "MET", "PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL"),
@@ -138,7 +141,33 @@ def atomistic(system: System, anchor: np.ndarray, extent: np.ndarray, free: np.n
         periodic=torch.as_tensor(system.periodic)[None],
         condition=torch.zeros(1, 0),
         known=torch.zeros(1, 0, dtype=torch.bool),
+        site_features=as_float(np.zeros((n, 0)) if system.site_features is None else system.site_features),
+        pair_features=as_float(np.zeros((n, n, 0)) if system.pair_features is None else system.pair_features),
     )
+
+
+def require_features(system: System, model: Model) -> None:
+    """Raises UserError where a model reads features that a system does not have, or has in another width."""
+    for name in _FEATURES_OF_OTHERS:
+        expected, values = getattr(model, name), getattr(system, name)
+        found = 0 if values is None else values.shape[-1]
+        if expected and found != expected:
+            has = f"{name} of width {found}" if found else f"no {name}"
+            raise UserError(
+                f"system {system.name!r} has {has}, this model reads {expected} (model.{name}): give representations of "
+                "that width, by the option of an import or --representation of `dig-scale sample`"
+            )
+
+
+def features_read(context: Context, model: Model) -> Context:
+    """The context with the features that a model reads, and without those that it does not."""
+    return without_features(context, [name for name in _FEATURES_OF_OTHERS if not getattr(model, name)])
+
+
+def without_features(context: Context, names: Sequence[str] = _FEATURES_OF_OTHERS) -> Context:
+    """The context with none of the features that `names` lists, all by default."""
+    held = {name: getattr(context, name) for name in names}
+    return replace(context, **{name: value.new_zeros(*value.shape[:-1], 0) for name, value in held.items()})
 
 
 def _require_mobile(system: System) -> None:
@@ -186,10 +215,10 @@ def path_lengths(n_sites: int, bonds: np.ndarray) -> np.ndarray:
 
 
 def environment_codes(system: System) -> np.ndarray:
-    """Hashed codes [N] in 1..ENVIRONMENT_CODES-1 of each site's surroundings (Weisfeiler-Lehman refinement).
+    """Hashed codes [N] below ENVIRONMENT_CODES of each site's surroundings (Weisfeiler-Lehman refinement).
 
     Elements, formal charges and bond orders within ENVIRONMENT_RADIUS bonds; beads start from their names. Symmetric
-    sites (the hydrogens of a methyl group) share a code.
+    sites (the hydrogens of a methyl group) share a code. Atoms without a bond have code 0: their element says it all.
     """
     neighbours: list[list[tuple[int, int]]] = [[] for _ in range(system.n_sites)]
     for (i, j), order in zip(system.bonds.tolist(), system.bond_orders.tolist(), strict=True):
@@ -201,7 +230,9 @@ def environment_codes(system: System) -> np.ndarray:
             _digest(labels[i] + "|" + ",".join(sorted(f"{order}:{labels[j]}" for j, order in neighbours[i])))
             for i in range(system.n_sites)
         ]
-    return np.array([1 + int(label, 16) % (ENVIRONMENT_CODES - 1) for label in labels])
+    codes = np.array([1 + int(label, 16) % (ENVIRONMENT_CODES - 1) for label in labels])
+    bonded = np.array([bool(near) for near in neighbours]) | (system.elements == 0)
+    return np.where(bonded, codes, 0)
 
 
 def _initial_label(system: System, site: int) -> str:

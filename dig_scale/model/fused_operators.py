@@ -81,7 +81,7 @@ def fused_geometry(
     mask = context.present.expand(batch, n).reshape(-1)
     u = GivenScalar(_every_row(pair_bias.scalar(found, context, noise_std), found.pairs))
     pieces = pair_bias.pieces()
-    static = spread(pair_bias.static(found.pairs, context), found.pairs)
+    static = pair_bias.dense_static(found.pairs, context)
     without_self = static - torch.diag_embed(pieces[0, 0].unsqueeze(-1).expand(-1, n))
     heads, last = widths.heads, widths.heads + widths.filters
     among = torch.cat([pieces[..., :heads], pieces[..., last:]], dim=-1).contiguous()

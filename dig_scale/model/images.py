@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dig_scale.batch import Context, Geometry
 from dig_scale.geometry.lattice import Edges, fractional, periodic_edges, symmetric_coordinates
-from dig_scale.model.pair_bias import PairBias, pair_list, spread
+from dig_scale.model.pair_bias import PairBias, pair_list
 from dig_scale.model.pair_operators import ImageOperators
 from dig_scale.model.select import MASKED, PairWidths
 
@@ -41,7 +41,7 @@ def image_geometry(
     envelope = 0.5 * (1 + torch.cos(math.pi * edges.distances / cutoff)).unsqueeze(-1)
     bias, filters, node = pair_bias.channels(u).split([widths.heads, widths.filters, widths.node], dim=-1)
     pairs = pair_list(n, seen.positions.device)
-    static = spread(pair_bias.static(pairs, context)[..., : widths.heads], pairs)
+    static = pair_bias.dense_static(pairs, context, widths.heads)
     bias = torch.where((edges.i == edges.j).unsqueeze(-1), bias + pair_bias.unlinked()[: widths.heads], bias)
     weights = filters * envelope / distance.unsqueeze(-1)
     row = edges.sample * n + edges.i

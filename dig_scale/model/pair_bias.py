@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, linear, pad
 
 from dig_scale.batch import Context
 from dig_scale.config import Model
-from dig_scale.model.leaves import NormalEmbedding
+from dig_scale.model.leaves import FeatureReader, NormalEmbedding, SmallLinear
 
 logger = logging.getLogger("dig_scale")
 
@@ -118,7 +118,8 @@ class RadialChannels(nn.Module):
 
 
 class PairBias(nn.Module):
-    """Geometry and static encodings of all pairs as `channels` numbers per pair: radial(u) + path + bond."""
+    """Geometry and static encodings of all pairs as `channels` numbers per pair: radial(u) + path + bond; and, where the
+    model reads some, the features of another network, which need not be the same for (i, j) and (j, i)."""
 
     def __init__(self, config: Model, channels: int) -> None:
         super().__init__()
@@ -129,15 +130,18 @@ class PairBias(nn.Module):
         self.shift = NormalEmbedding(ELEMENTS * ELEMENTS, 1, std=0.0)
         self.path = NormalEmbedding(self.max_path + 2, channels, std=0.1)
         self.bond = NormalEmbedding(BOND_ORDERS, channels, std=0.1)
+        count = config.pair_features
+        self.features = FeatureReader(count, SmallLinear(count, channels)) if count else None
 
     def forward(self, found: PairDistances, context: Context, noise_std: Tensor) -> Tensor:
         """Channels [B, C, N, N], 0 on the diagonal, from the distances of pairs and noise_std [B] in Å.
 
         Every pair i < j is evaluated once, from the table unless `radial_knots` is 0.
         """
-        return spread(
-            self.channels(self.scalar(found, context, noise_std)) + self.static(found.pairs, context), found.pairs
-        )
+        radial = self.channels(self.scalar(found, context, noise_std))
+        if self.features is not None:
+            return spread(radial, found.pairs) + self.dense_static(found.pairs, context)
+        return spread(radial + self.static(found.pairs, context), found.pairs)
 
     def channels(self, u: Tensor) -> Tensor:
         """Radial channels [..., C] at u [...]: from the table, or the exact function where there is none."""
@@ -147,7 +151,7 @@ class PairBias(nn.Module):
         """The same [B, C, N, N] from the formula: Gaussians and MLP for every ordered pair. The oracle."""
         pairs = found.pairs
         u = spread(self.scalar(found, context, noise_std).unsqueeze(-1), pairs).squeeze(1)
-        both = self.radial(u)[0].permute(0, 3, 1, 2) + spread(self.static(pairs, context), pairs)
+        both = self.radial(u)[0].permute(0, 3, 1, 2) + self.dense_static(pairs, context)
         apart = ~torch.eye(u.shape[-1], dtype=torch.bool, device=u.device)
         return both * apart
 
@@ -201,6 +205,15 @@ class PairBias(nn.Module):
         """Path and bond encodings [b, P, C]."""
         length = context.path_length[:, pairs.first, pairs.second].clamp(max=self.max_path + 1)
         return self.path(length) + self.bond(context.bond_order[:, pairs.first, pairs.second])
+
+    def dense_static(self, pairs: PairList, context: Context, channels: int | None = None) -> Tensor:
+        """All static encodings [b, C, N, N], 0 on the diagonal; of the first `channels` alone where that is said."""
+        dense = spread(self.static(pairs, context)[..., :channels], pairs)
+        if self.features is None:
+            return dense
+        apart = ~torch.eye(dense.shape[-1], dtype=torch.bool, device=dense.device)
+        given = self.features(context.pair_features)[..., :channels].permute(0, 3, 1, 2)
+        return dense + given.contiguous() * apart
 
     def unlinked(self) -> Tensor:
         """The same [C] for two sites that no path of bonds joins."""

@@ -18,8 +18,8 @@ from dig_scale.model.features import ENVIRONMENT_CODES
 from dig_scale.model.graphormer import Guides, Trunk
 from dig_scale.model.heads import FrameHead, StrainHead, VectorHead
 from dig_scale.model.images import image_geometry
-from dig_scale.model.leaves import NormalEmbedding
-from dig_scale.model.pair_bias import ELEMENTS, PairBias
+from dig_scale.model.leaves import ELEMENTS, ElementEmbedding, FeatureReader, NormalEmbedding
+from dig_scale.model.pair_bias import PairBias
 from dig_scale.model.pair_operators import ImageOperators, PairOperators
 from dig_scale.model.select import PairWidths, attention_dtype, clean_scale, geometry_builder
 from dig_scale.system import SiteRole
@@ -47,16 +47,21 @@ class NoiseEmbedding(nn.Module):
 
 
 class SiteEmbedding(nn.Module):
-    """Graphormer's node encodings: element, degree (centrality) and hashed environment; role, and place along a chain."""
+    """Graphormer's node encodings: element or residue type, degree (centrality) and hashed environment; role, and place along
+    a chain; and the features of another network, where the model reads some."""
 
     def __init__(self, config: Model) -> None:
         super().__init__()
         width = config.width
-        self.element = NormalEmbedding(ELEMENTS, width, std=0.5)
+        residues = config.sites == "residues"
+        self.element = NormalEmbedding(ELEMENTS, width, std=0.5) if residues else ElementEmbedding(width, std=0.35)
         self.degree = NormalEmbedding(MAX_DEGREE, width, std=0.5)
-        self.environment = NormalEmbedding(ENVIRONMENT_CODES, width, std=0.5)
+        # of many anchored systems: surroundings that none of them has say nothing
+        self.environment = NormalEmbedding(ENVIRONMENT_CODES, width, std=0.0 if config.sites == "anchored" else 0.5)
         self.role = NormalEmbedding(len(SiteRole), width, std=0.5) if config.sites == "anchored" else None
-        self.place = nn.Linear(2 * PLACE_FREQUENCIES, width) if config.sites == "residues" else None
+        self.place = nn.Linear(2 * PLACE_FREQUENCIES, width) if residues else None
+        count = config.site_features
+        self.features = FeatureReader(count, nn.Linear(count, width)) if count else None
 
     def forward(self, context: Context) -> Tensor:
         """[b, N, D]."""
@@ -64,6 +69,8 @@ class SiteEmbedding(nn.Module):
         tokens = self.element(context.element) + self.degree(degree) + self.environment(context.environment)
         if self.role is not None:
             tokens = tokens + self.role(context.role)
+        if self.features is not None:
+            tokens = tokens + self.features(context.site_features)
         return tokens if self.place is None else tokens + self.place(_waves(context.place).to(tokens.dtype))
 
 

@@ -153,13 +153,13 @@ def test_bad_rows_are_rejected_with_reason_row_and_identifier(tmp_path: Path) ->
     }
     rows = [{"material_id": "ok", "cif": good, "gap": "1.0"}]
     rows += [{"material_id": name, "cif": text, "gap": "1.0"} for name, (text, _) in bad.items()]
-    rows += [{"material_id": "no-gap", "cif": good, "gap": ""}]
+    rows += [{"material_id": "infinite", "cif": good, "gap": "inf"}, {"material_id": "no-gap", "cif": good, "gap": ""}]
     _, report = load_crystals([write_table(tmp_path / "t.csv", rows)])
-    assert report.read == 8 and report.kept == 1
+    assert report.read == 9 and (report.kept, report.duplicates) == (1, 1)
     assert [one.source for one in report.rejected] == [
-        f"t.csv row {k + 2} ({name})" for k, name in enumerate([*bad, "no-gap"])
+        f"t.csv row {k + 2} ({name})" for k, name in enumerate([*bad, "infinite"])
     ]
-    for one, (_, reason) in zip(report.rejected, [*bad.values(), ("", "gap is ''")], strict=True):
+    for one, (_, reason) in zip(report.rejected, [*bad.values(), ("", "gap is 'inf'")], strict=True):
         assert re.search(reason, one.reason), one
 
 

@@ -175,7 +175,7 @@ def test_smiles_takes_the_place_of_a_box_or_a_centre(shared_data: Path) -> None:
     assert (boxed.roles == SiteRole.LIGAND).sum() == 8
     with pytest.raises(UserError, match="SMILES has no pose"):
         pocket_system_from_smiles("x", protein, "CCO", PocketOptions())
-    with pytest.raises(UserError, match=r"protein\.pdb: no atom within 10 Å"):
+    with pytest.raises(UserError, match=r"protein\.pdb: the protein has no atom within 10 Å"):
         pocket_system_from_smiles("x", protein, "CCO", PocketOptions(place=centre(500.0, 0.0, 0.0)))
     with pytest.raises(UserError, match="corners"):
         Box(middle, middle - 1)
