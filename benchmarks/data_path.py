@@ -25,8 +25,9 @@ from dig_shards import Cursor, ShardReader, TrajectoryWriter, batch_ids
 from dig_shards.manifest import TRAIN
 
 from benchmarks.rows import Row, at_least, note, publish
-from dig_scale.config import Recipe, Train, load_recipe
+from dig_scale.config import Recipe, Train
 from dig_scale.importers import system_from_spec
+from dig_scale.recipe_files import load_recipe
 from dig_scale.records import POSITIONS, field_specs, pack_dataset, trajectory_attributes
 from dig_scale.training.data import open_split, step_input
 from dig_scale.training.launch import launch_ranks

@@ -1,5 +1,5 @@
-"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | serve | request | evaluate, and
-import-weights, relabel, recipes, describe.
+"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | density | reweight | interpolate |
+serve | request | evaluate, and import-weights, relabel, recipes, describe.
 
 Every command is a thin door to dig_scale.stages and the packages below. Bad input ends in one line with the next step.
 """
@@ -7,16 +7,23 @@ Every command is a thin door to dig_scale.stages and the packages below. Bad inp
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dig_scale import cli_properties
 from dig_scale.cli_data import Overrides, data, refuse
-from dig_scale.config import Recipe, Sample, SolverName, bundled_recipes, load_recipe
+from dig_scale.cli_physics import physics
+from dig_scale.config import Recipe, Sample, SolverName
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.recipe_files import bundled_recipes, load_recipe
 from dig_scale.stages import RunFolders, default_folders
+
+if TYPE_CHECKING:
+    from dig_scale.serving.offline import Draws
 
 app = typer.Typer(
     help="Learn and sample the equilibrium distribution of molecular systems (Distributional Graphormer).",
@@ -26,6 +33,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data)
+app.add_typer(physics)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A .toml file or the name of a bundled recipe.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A training folder or a model.safetensors.")]
@@ -63,7 +71,7 @@ def simulate(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Generate trajectories with molecular dynamics on Ray actors."""
+    """Generate trajectories with molecular dynamics on Ray actors, and crystals by random structure search."""
     from dig_scale.stages import simulate_stage
 
     chosen = load_recipe(recipe, overrides or [])
@@ -138,6 +146,13 @@ def sample(
     ] = None,
     system: SystemOption = None,
     num: Annotated[int | None, typer.Option(min=1, help="Samples wanted in all.")] = None,
+    valid: Annotated[
+        int | None,
+        typer.Option(min=1, help="Physically valid samples wanted, instead of --num: draws until there are."),
+    ] = None,
+    attempts_cap: Annotated[
+        int | None, typer.Option(min=1, help="Samples drawn at most for --valid (default: ten for each).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     solver: Annotated[SolverName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps per sample.")] = None,
@@ -149,9 +164,23 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="1 samples p(x | condition), more sharpens it, 0 ignores it.")
     ] = None,
+    guide: cli_properties.Guide = None,
+    guide_target: cli_properties.GuideTarget = None,
+    guide_spread: cli_properties.GuideSpread = None,
+    guide_window: cli_properties.GuideWindow = None,
+    guide_softness: cli_properties.GuideSoftness = None,
+    guide_scale: cli_properties.GuideScale = None,
+    guide_clip: cli_properties.GuideClip = None,
+    guide_start: cli_properties.GuideTime = None,
+    guide_end: cli_properties.GuideTime = None,
+    steer: cli_properties.Steer = None,
+    steer_strength: cli_properties.SteerStrength = None,
     representation: Annotated[
-        Path | None,
-        typer.Option(help="Of published networks: AlphaFold2's single and pair, .npz, .pkl or _single.npy."),
+        str | None,
+        typer.Option(
+            help="AlphaFold2's single and pair, .npz, .pkl or _single.npy, for published networks and models that read them; "
+            "or esm2:MODEL, a name or a folder, for models that read a language model's."
+        ),
     ] = None,
     sequence: Annotated[
         str | None, typer.Option(help="Of published networks: the protein, in one-letter codes.")
@@ -166,29 +195,85 @@ def sample(
     """Draw an equilibrium ensemble: ensemble.npz, and files for other tools.
 
     Without --system, samples of a model of several systems are shared among them as their training frames are, each into
-    a folder of its own. Of a folder that import-weights wrote, proteins are sampled from AlphaFold2's representations.
+    a folder of its own. Of a folder that import-weights wrote, proteins are sampled from AlphaFold2's representations, slabs and
+    crystals of carbon (--system C8) from --system.
     """
     given: dict[str, object] = {"num": num, "seed": seed, "batch": batch}
     trained = {"solver": solver, "steps": steps, "workers": workers, "guidance": guidance}
-    published = {"representation": representation, "sequence": sequence, "sampler": sampler, "init_state": init_state}
+    guides: dict[str, object] = {
+        "property": guide,
+        "target": guide_target,
+        "spread": guide_spread,
+        "window": guide_window,
+    }
+    guides |= {
+        "softness": guide_softness,
+        "scale": guide_scale,
+        "clip": guide_clip,
+        "start": guide_start,
+        "end": guide_end,
+    }
+    steers: dict[str, object] = {"potentials": steer, "strength": steer_strength}
+    published = {"sequence": sequence, "sampler": sampler, "init_state": init_state}
     if (checkpoint / "published.json").is_file():
-        refuse(trained | {"system": system, "condition": condition}, "is not for published networks")
-        _sample_published(checkpoint, out, given | published)
+        filtered = {"valid": valid, "attempts_cap": attempts_cap}
+        refuse(trained | filtered | {"condition": condition}, "is not for published networks")
+        refuse({"guide": guide, "steer": steer}, "is not for published networks")
+        if system is not None:
+            refuse(published | {"representation": representation}, "is of proteins, and --system of slabs and crystals")
+            _sample_published_atoms(checkpoint, out, given | {"system": system})
+            return
+        _sample_published(checkpoint, out, given | published | {"representation": representation})
         return
     refuse(published, f"is for folders that `dig-scale import-weights` wrote, and {checkpoint} is none")
+    if valid is None:
+        refuse({"attempts_cap": attempts_cap}, "is for --valid N")
+    else:
+        refuse({"num": num}, "and --valid are two ways to say how many: give one")
+        given["num"] = valid
     from dig_scale.model.checkpoint import load_checkpoint
-    from dig_scale.stages import sample_stage, shared_out
+    from dig_scale.stages import shared_out
 
     defaults = load_checkpoint(checkpoint).recipe.sample
     given |= trained
     if condition:
         given["conditions"] = defaults.conditions | dict(_condition(text) for text in condition)
+    given |= cli_properties.with_wishes(defaults, guides, steers)
     chosen = {key: value for key, value in given.items() if value is not None}
-    settings = Sample.model_validate(defaults.model_dump() | chosen)
+    settings = _sample_settings(defaults.model_dump() | chosen)
+    if valid is not None and settings.steer is not None:
+        raise UserError(
+            "--valid draws until there are enough, and steered samples come in whole populations: give --num"
+        )
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent).parent / "ensemble"
-    wanted = shared_out(checkpoint, system, settings, folder)
+    wanted = shared_out(checkpoint, system, settings, folder, representation)
+    if valid is None:
+        _draw(wanted)
+    else:
+        _draw_valid(wanted, attempts_cap)
+
+
+def _sample_settings(content: dict[str, Any]) -> Sample:
+    from pydantic import ValidationError
+
+    try:
+        return Sample.model_validate(content)
+    except ValidationError as error:
+        raise UserError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+
+
+def _draw(wanted: Sequence[Draws]) -> None:
+    from dig_scale.stages import sample_stage
+
     for draws, ensemble in zip(wanted, sample_stage(wanted), strict=True):
         typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {draws.out}")
+
+
+def _draw_valid(wanted: Sequence[Draws], cap: int | None) -> None:
+    from dig_scale.valid_samples import valid_samples
+
+    for draws, accepted in zip(wanted, valid_samples(wanted, cap), strict=True):
+        typer.echo(f"{draws.system.name}: {accepted.in_words()}: {accepted.out}")
 
 
 def _sample_published(folder: Path, out: Path | None, options: dict[str, Any]) -> None:
@@ -197,13 +282,29 @@ def _sample_published(folder: Path, out: Path | None, options: dict[str, Any]) -
 
     given = {name: value for name, value in options.items() if value is not None}
     if "representation" not in given:
-        raise UserError(f"{folder} holds a published network: give AlphaFold2's output with --representation FILE")
+        raise UserError(
+            f"{folder} holds a published network: give AlphaFold2's output with --representation FILE (proteins), or --system "
+            "with a slab's file (catalysts) or a number of atoms as in C8 (carbon)"
+        )
+    given["representation"] = Path(given["representation"])
     if "sampler" in given:
         given["sampler"] = PublishedSampler(given["sampler"])
     target = out or folder / "ensemble"
     with stage("sample") as report:
         report(0, 1, f"published network in {folder}")
         ensemble = sample_published_folder(PublishedDraws(folder, out=target, **given))
+        report(1, 1, f"{ensemble.n_samples} samples")
+    typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {target}")
+
+
+def _sample_published_atoms(folder: Path, out: Path | None, options: dict[str, Any]) -> None:
+    from dig_scale.serving.published_atoms import AtomDraws, sample_published_atoms
+
+    given = {name: value for name, value in options.items() if value is not None}
+    target = out or folder / "ensemble"
+    with stage("sample") as report:
+        report(0, 1, f"published network in {folder}")
+        ensemble = sample_published_atoms(AtomDraws(folder, out=target, **given))
         report(1, 1, f"{ensemble.n_samples} samples")
     typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {target}")
 
@@ -295,6 +396,7 @@ def evaluate(
     frame_spacing_ps: Annotated[float | None, typer.Option(min=0, help="Of a trajectory file without times.")] = None,
     bins: Annotated[int, typer.Option(min=2)] = 36,
     bootstrap: Annotated[int, typer.Option(min=2)] = 200,
+    state: cli_properties.States = None,
 ) -> None:
     """Compare an ensemble with reference trajectories in one HTML report."""
     from dig_scale.config import Evaluate
@@ -303,7 +405,8 @@ def evaluate(
 
     file = ReferenceFile(topology, frame_spacing_ps) if topology is not None else None
     folder = out or (ensemble if ensemble.is_dir() else ensemble.parent).parent / "report"
-    page = evaluate_stage(ensemble, reference, Evaluate(bins=bins, bootstrap=bootstrap), folder, file)
+    settings = Evaluate(bins=bins, bootstrap=bootstrap, states=tuple(state or ()))
+    page = evaluate_stage(ensemble, reference, settings, folder, file)
     typer.echo(f"report: {page}")
 
 

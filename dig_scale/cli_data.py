@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from dig_scale.config import CalculatorName, CalculatorSpec, apply_override, load_recipe
+from dig_scale.config import CalculatorName, CalculatorSpec
 from dig_scale.errors import UserError
+from dig_scale.recipe_files import apply_override, load_recipe
 from dig_scale.stages import default_folders
 
 data = typer.Typer()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ from dig_scale.system import System
 
 FORMAT_VERSION = 1
 FILE_NAME = "ensemble.npz"
-_OPTIONAL = ("log_density", "energy", "log_weights", "rotations", "cell")
+BOLTZMANN, STEERED = "boltzmann", "steered"
+_OPTIONAL = ("log_density", "log_density_error", "energy", "log_weights", "bias", "rotations", "cell")
 
 
 @dataclass(frozen=True)
 class Ensemble:
     """Samples [S] of `system`.
 
-    positions [S, N, 3] Å float32, index [S] sample number (with `seed` it identifies a sample for ever), log_density [S] nat,
-    energy [S] eV, log_weights [S] nat, rotations [S, N, 3, 3] of residue frames, cell [S, 3, 3] Å; provenance: solver, steps,
-    seed, recipe, checkpoint hash, cost in CPU seconds.
+    positions [S, N, 3] Å float32, index [S] sample number (with `seed` it identifies a sample for ever), log_density [S] nat
+    with its standard error log_density_error [S] (NaN where there is none), energy [S] eV, log_weights [S] nat, rotations
+    [S, N, 3, 3] of residue frames, cell [S, 3, 3] Å; provenance: solver, steps, seed, recipe, checkpoint hash, costs in CPU
+    seconds.
+
+    log_weights are towards what provenance["log_weights"] says: BOLTZMANN, exp(-u), or STEERED, what was sampled without
+    steering tilted by exp(-bias), with bias [S] nat of every sample.
     """
 
     system: System
@@ -37,8 +42,10 @@ class Ensemble:
     index: np.ndarray
     seed: int
     log_density: np.ndarray | None = None
+    log_density_error: np.ndarray | None = None
     energy: np.ndarray | None = None
     log_weights: np.ndarray | None = None
+    bias: np.ndarray | None = None
     rotations: np.ndarray | None = None
     cell: np.ndarray | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +65,24 @@ class Ensemble:
     def n_samples(self) -> int:
         """Number of samples S."""
         return len(self.index)
+
+    @property
+    def log_weights_towards(self) -> str | None:
+        """BOLTZMANN or STEERED; None where there are no log_weights."""
+        return None if self.log_weights is None else str(self.provenance.get("log_weights", BOLTZMANN))
+
+    @property
+    def correcting_log_weights(self) -> np.ndarray | None:
+        """log-weights [S] that correct averages: towards exp(-u), or from a steered ensemble to what is sampled without."""
+        if self.log_weights is None or self.bias is None or self.log_weights_towards != STEERED:
+            return self.log_weights
+        return np.asarray(self.log_weights + self.bias)
+
+    def take(self, rows: np.ndarray) -> Ensemble:
+        """Some samples (indices or mask), with what is known of each."""
+        per_sample = ("positions", "index", *_OPTIONAL)
+        known = {name: getattr(self, name) for name in per_sample if getattr(self, name) is not None}
+        return replace(self, **{name: values[rows] for name, values in known.items()})
 
 
 def ensemble_bytes(ensemble: Ensemble) -> bytes:

@@ -38,6 +38,8 @@ CELL = "cell"
 PER_SITE = (POSITIONS, FORCES, ROTATIONS)
 LABEL = "label_"
 """A property of a frame is stored as LABEL + its name."""
+MISSING_LABEL = float(np.finfo(np.float64).max)
+"""Stands in stores for a property that is not known of a frame (NaN in Frames); no number in fp32."""
 
 POSITION_GRID = 1e-4
 """Å; fine enough that stored energies and forces still belong to the stored positions."""
@@ -73,8 +75,9 @@ def field_names(frames: Frames) -> tuple[str, ...]:
 
 
 def frame_arrays(frames: Frames) -> dict[str, np.ndarray]:
-    """Arrays to store, by field name: positions [F, N, 3] Å and, where known, energy [F] eV and forces [F, N, 3] eV/Å."""
-    labels = {LABEL + name: values for name, values in frames.labels.items()}
+    """Arrays to store, by field name: positions [F, N, 3] Å and, where known, energy [F] eV and forces [F, N, 3] eV/Å;
+    labels [F] with MISSING_LABEL for NaN."""
+    labels = {LABEL + name: np.where(np.isnan(v), MISSING_LABEL, v) for name, v in frames.labels.items()}
     return {name: labels[name] if name in labels else getattr(frames, name) for name in field_names(frames)}
 
 
@@ -108,9 +111,13 @@ def read_trajectory_frames(path: Path) -> tuple[System, Frames]:
     count, origin = reader.n_frames, reader.attributes["origin"]
     values = {spec.name: _read(reader, spec.name) for spec in reader.fields}
     time_ps = origin["first_frame_ps"] + origin["frame_spacing_ps"] * np.arange(count)
-    labels = {name.removeprefix(LABEL): value for name, value in values.items() if name.startswith(LABEL)}
+    labels = {name.removeprefix(LABEL): _known_labels(v) for name, v in values.items() if name.startswith(LABEL)}
     optional = {name: values.get(name) for name in (ENERGY, FORCES, ROTATIONS, CELL)}
     return system, Frames(values[POSITIONS], time_ps, **optional, labels=labels)
+
+
+def _known_labels(stored: np.ndarray) -> np.ndarray:
+    return np.where(stored == MISSING_LABEL, np.nan, stored)
 
 
 def trajectory_origin(path: Path) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _chosen(path: Path, name: str, plan: Pack) -> _Chosen:
     reader = _open(path)
     system = read_trajectory_system(path)
     drawn = -(-reader.n_frames // plan.stride)
-    if plan.atoms == "all":
+    if plan.atoms != "heavy":
         fields = tuple(spec.name for spec in reader.fields)
         return _Chosen(TrajectorySource(path, stride=plan.stride, name=name), system, drawn, fields)
     sites = system.heavy_sites()

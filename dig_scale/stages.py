@@ -18,7 +18,7 @@ from dig_scale.progress import Reporter, duration, stage
 from dig_scale.system import System
 
 if TYPE_CHECKING:
-    from dig_scale.config import CalculatorSpec
+    from dig_scale.config import CalculatorSpec, Model
     from dig_scale.evaluation.reference_files import ReferenceFile, ReferenceFrames
     from dig_scale.serving.offline import Draws
 
@@ -61,7 +61,27 @@ def default_folders(name: str) -> RunFolders:
 
 
 def simulate_stage(recipe: Recipe, out: Path) -> None:
-    """Generate the trajectories of a recipe."""
+    """Generate the trajectories of a recipe, and the crystals of its structure searches."""
+    if recipe.searches:
+        _search_crystals(recipe, out)
+    if recipe.simulate is not None or not recipe.searches:
+        _simulate_systems(recipe, out)
+
+
+def _search_crystals(recipe: Recipe, out: Path) -> None:
+    from dig_scale.simulation.ase_search import search_crystals
+
+    with stage("search") as report:
+        for number, spec in enumerate(recipe.searches):
+            report(number, len(recipe.searches), f"{spec.composition}, {spec.candidates} random cells")
+            found = search_crystals(spec, out)
+            words = (
+                f"{spec.composition}: {found.kept} crystals, {found.repeats} found again, {len(found.failed)} failed"
+            )
+            report(number + 1, len(recipe.searches), words)
+
+
+def _simulate_systems(recipe: Recipe, out: Path) -> None:
     from dig_scale.simulation.campaign import Progress, simulate
 
     with stage("simulate") as report:
@@ -170,9 +190,12 @@ def sample_stage(wanted: Sequence[Draws]) -> list[Ensemble]:
         return sample_ensembles(wanted, lambda done, total: report(done, total, f"{done} of {total} samples"))
 
 
-def shared_out(checkpoint: Path, wanted: str | None, settings: Sample, out: Path) -> list[Draws]:
+def shared_out(
+    checkpoint: Path, wanted: str | None, settings: Sample, out: Path, representation: str | None = None
+) -> list[Draws]:
     """What to sample: the system that is named, or the only one, into `out`; else settings.num samples shared among the
     training systems as their training frames are, each into a folder OUT/<system>; those that get none are left out.
+    `representation` (a file, or esm2: and a language model) gives one system's features in the place of its own.
     """
     import torch
 
@@ -182,7 +205,12 @@ def shared_out(checkpoint: Path, wanted: str | None, settings: Sample, out: Path
 
     model = load_served_model(checkpoint, torch.device("cpu"))
     if wanted is not None or len(model.systems) == 1:
-        return [Draws(checkpoint, trained_system(checkpoint, wanted), settings, out)]
+        system = trained_system(checkpoint, wanted)
+        if representation is not None:
+            system = _represented(system, representation, model.recipe.model)
+        return [Draws(checkpoint, system, settings, out)]
+    if representation is not None:
+        raise UserError(f"--representation {representation} is of one system: name it with --system")
     if set(model.frames) != set(model.systems):
         raise UserError(
             f"{checkpoint} was trained on {len(model.systems)} systems ({', '.join(list(model.systems)[:4])}, ...) and does "
@@ -196,10 +224,21 @@ def shared_out(checkpoint: Path, wanted: str | None, settings: Sample, out: Path
     ]
 
 
+def _represented(system: System, representation: str, model: Model) -> System:
+    from dig_scale.importers.representations import represented
+
+    if not model.site_features and not model.pair_features:
+        raise UserError(
+            f"--representation {representation}: this model reads none (its model.site_features and model.pair_features are 0)"
+        )
+    return represented(system, representation)
+
+
 def trained_system(checkpoint: Path, wanted: str | None) -> System:
     """The system to sample: a training system by name, a file, or a sequence; the only training system when None."""
     import torch
 
+    from dig_scale.importers.sampled import Reading, is_file_name, system_from_file
     from dig_scale.records import packed_system
     from dig_scale.serving.catalogue import Catalogue
     from dig_scale.serving.schema import SamplesRequest
@@ -212,14 +251,14 @@ def trained_system(checkpoint: Path, wanted: str | None) -> System:
         raise UserError(f"{checkpoint} was trained on {', '.join(model.systems)}: say which with --system")
     if wanted in model.systems:
         return model.systems[wanted]
-    if Path(wanted).suffix == ".json" and Path(wanted).is_file():
-        return System.from_json(Path(wanted).read_text())
-    if Path(wanted).is_file():
-        from dig_scale.config import SystemSpec
-        from dig_scale.importers import system_from_spec
-
-        system = system_from_spec(SystemSpec(name=Path(wanted).stem, file=Path(wanted)), model.recipe.simulate)
-        return packed_system(system, model.recipe.pack)
+    if is_file_name(wanted):
+        kinds = frozenset(str(system.kind) for system in model.systems.values())
+        reading = Reading(model.recipe.model.sites, kinds, model.recipe.simulate)
+        system = system_from_file(Path(wanted), reading)
+        return system if wanted.lower().endswith(".json") else packed_system(system, model.recipe.pack)
+    if model.recipe.model.sites in ("anchored", "crystal"):
+        known = ", ".join(list(model.systems)[:8])
+        raise UserError(f"--system {wanted!r}: no file, and no training system of that name; {checkpoint} has {known}")
     return Catalogue(model).system(SamplesRequest(sequence=wanted, num=1))
 
 
@@ -260,8 +299,9 @@ def _evaluated_each(folders: Sequence[Path], reference: Path, settings: Evaluate
 
 
 def _evaluated(source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None) -> Path:
-    """The report of one ensemble: of its kind, or of a molecule's torsions."""
+    """The report of one ensemble: of its kind, or of a molecule's torsions; with the states that it was reweighted between."""
     ensemble = read_ensemble(source)
+    settings = _with_states(settings, source)
 
     from dig_scale.evaluation.kind_report import write_kind_report
     from dig_scale.evaluation.kinds.evaluation import comparison_of, evaluate_kind
@@ -273,6 +313,13 @@ def _evaluated(source: Path, reference: Path, settings: Evaluate, out: Path, fil
         return _evaluated_by_torsions(ensemble, found, reference.name, settings, out)
     data = reference_of(found.system, found.frames, found.temperature, reference.name)
     return write_kind_report(evaluate_kind(ensemble, data, settings), out)
+
+
+def _with_states(settings: Evaluate, source: Path) -> Evaluate:
+    """The settings, with the states that `dig-scale reweight` was last asked for where they have none."""
+    from dig_scale.reweighted import told_states
+
+    return settings if settings.states else settings.model_copy(update={"states": told_states(source)})
 
 
 def _evaluated_by_torsions(
@@ -290,6 +337,7 @@ def _evaluated_by_torsions(
         training_cpu_seconds=provenance.get("training_cost", {}).get("cpu_seconds"),
         sampling_cpu_seconds=provenance.get("cpu_seconds"),
         network_evaluations_per_sample=provenance.get("network_evaluations_per_sample"),
+        weighting_cpu_seconds=_weighting_seconds(ensemble),
     )
     data = reference_from_frames(found.system, found.frames, found.temperature, source)
     result = evaluate(ensemble, data, settings, costs)
@@ -298,14 +346,24 @@ def _evaluated_by_torsions(
     return page
 
 
+def _weighting_seconds(ensemble: Ensemble) -> float | None:
+    """CPU seconds of log-densities and energies, where both were computed."""
+    told = ensemble.provenance
+    if "density" not in told or "energy_cpu_seconds" not in told:
+        return None
+    return float(told["density"]["cpu_seconds"]) + float(told["energy_cpu_seconds"])
+
+
 def run_all(recipe: Recipe, folders: RunFolders) -> Path:
     """Every stage of a recipe in a row; the path of report.html."""
     for section in ("pack", "train"):
         if getattr(recipe, section) is None:
             raise UserError(f"recipe {recipe.name!r} has no [{section}] section; `dig-scale run` needs it")
-    if recipe.simulate is None and not recipe.imports:
-        raise UserError(f"recipe {recipe.name!r} has neither [simulate] nor [[imports]]; `dig-scale run` needs one")
-    if recipe.simulate is not None:
+    if recipe.simulate is None and not recipe.imports and not recipe.searches:
+        raise UserError(
+            f"recipe {recipe.name!r} has neither [simulate] nor [[imports]] nor [[searches]]; `dig-scale run` needs one"
+        )
+    if recipe.simulate is not None or recipe.searches:
         simulate_stage(recipe, folders.trajectories)
     if recipe.imports:
         import_stage(recipe, folders.trajectories)

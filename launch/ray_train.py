@@ -15,7 +15,7 @@ from typing import Any
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """One rank; Ray has set its environment and joined the process group."""
-    from dig_scale.config import parse_recipe
+    from dig_scale.recipe_files import parse_recipe
     from dig_scale.training.trainer import train
 
     train(parse_recipe(arguments["recipe"], "recipe"), Path(arguments["dataset"]), Path(arguments["out"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,13 +15,18 @@ from dig_scale import __version__, config
 from dig_scale.ensemble import Ensemble
 from dig_scale.errors import UserError
 from dig_scale.evaluation.cost import Costs, cost_table, reference_quality
+from dig_scale.evaluation.cost_curve import cost_curve
+from dig_scale.evaluation.distribution import Resampling
 from dig_scale.evaluation.geometry_tables import angle_table, bond_table, clash_table, energy_table, stereo_table
 from dig_scale.evaluation.reference import ReferenceSet, match_sites, ordered_by_time
-from dig_scale.evaluation.result import Evaluation, Reweighting, Settings, Subject
+from dig_scale.evaluation.result import Evaluation, Physics, Reweighting, Settings, Subject
 from dig_scale.evaluation.sets import SampleSet, Topology, md_resampling, observe, sample_sets, topology_of
+from dig_scale.evaluation.states import StateTable, state_table, with_reference
 from dig_scale.evaluation.thermodynamics import kish_ess, slowest_inefficiency
 from dig_scale.evaluation.torsion_tables import MapComparison, TorsionComparison, compare_map, compare_torsion
 from dig_scale.evaluation.verdict import with_words
+from dig_scale.evaluation.weights import agreement, diagnosed, usable
+from dig_scale.sampling.from_settings import states_from
 from dig_scale.system import System
 
 MIN_SAMPLES = 2
@@ -36,18 +42,21 @@ def evaluate(
     generator = np.random.default_rng(settings.seed)
     matched = match_sites(ensemble.system, reference.system)
     reference, finite = ordered_by_time(reference), _finite_samples(ensemble)
+    subject, ensemble = subject_of(ensemble, int(finite.sum())), ensemble.take(finite)
     topology = topology_of(_with_bonds(ensemble.system, reference.system, matched))
-    model = observe(ensemble.positions[finite], topology, _finite_energies(ensemble.energy, finite))
-    md = observe(reference.positions[:, matched], topology, _finite_energies(reference.energy, slice(None)))
+    model = observe(ensemble.positions, topology, _finite_energies(ensemble.energy))
+    frames = reference.positions[:, matched]
+    md = observe(frames, topology, _finite_energies(reference.energy))
     slow = md.torsions[:, _slow_torsions(topology)]
     inefficiency = slowest_inefficiency(slow, reference.trajectory)
     blocks = md_resampling(reference.trajectory, inefficiency, settings.bootstrap, generator)
-    log_weights = None if ensemble.log_weights is None else ensemble.log_weights[finite]
+    log_weights = ensemble.correcting_log_weights
     sets = sample_sets(model, md, reference.trajectory, log_weights, blocks, generator)
+    known = costs or Costs()
     quality = reference_quality(reference, inefficiency, blocks.block_length, blocks.n_blocks)
     return with_words(
         Evaluation(
-            subject=subject_of(ensemble, int(finite.sum())),
+            subject=subject,
             reference=quality,
             settings=Settings(settings.bins, settings.bootstrap, settings.seed),
             maps=_maps(topology, sets, reference, settings.bins, generator),
@@ -57,10 +66,24 @@ def evaluate(
             stereo=stereo_table(topology, sets),
             clashes=clash_table(sets),
             energy=energy_table(sets, generator),
-            cost=cost_table(costs or Costs(), len(model.clashes), quality.independent_frames),
+            cost=cost_table(known, len(model.clashes), quality.independent_frames),
             reweighting=_reweighting(log_weights),
+            physics=Physics(
+                weights=None if log_weights is None else diagnosed(ensemble),
+                agreement=agreement(ensemble),
+                states=_states(settings.states, ensemble, frames, blocks),
+                cost_curve=cost_curve(topology, sets, reference.trajectory, known, settings.bins),
+            ),
         )
     )
+
+
+def _states(texts: Sequence[str], ensemble: Ensemble, frames: np.ndarray, blocks: Resampling) -> StateTable | None:
+    """Free energies between the states that are asked for, of the samples and of the MD frames [F, N, 3]."""
+    if not texts:
+        return None
+    states, md = states_from(texts), Ensemble(ensemble.system, frames, np.arange(len(frames)), seed=0)
+    return with_reference(state_table(states, ensemble), states, md, blocks)
 
 
 def _maps(
@@ -78,10 +101,8 @@ def _torsions(
 
 
 def _finite_samples(ensemble: Ensemble) -> np.ndarray:
-    """Which samples [S] have finite positions and, where there are weights, a finite weight."""
-    finite = np.isfinite(ensemble.positions).all(axis=(1, 2))
-    if ensemble.log_weights is not None:
-        finite &= np.isfinite(ensemble.log_weights)
+    """Which samples [S] have finite positions and, where there are weights, a weight."""
+    finite = usable(ensemble)
     if finite.sum() < MIN_SAMPLES:
         raise UserError(
             f"ensemble of {ensemble.system.name!r}: {int(finite.sum())} of {ensemble.n_samples} samples have finite"
@@ -90,11 +111,11 @@ def _finite_samples(ensemble: Ensemble) -> np.ndarray:
     return finite
 
 
-def _finite_energies(energy: np.ndarray | None, chosen: np.ndarray | slice) -> np.ndarray | None:
-    """Energies of the chosen frames; None when any is missing, for a mean over some frames would mislead."""
-    if energy is None or not np.isfinite(energy[chosen]).all():
+def _finite_energies(energy: np.ndarray | None) -> np.ndarray | None:
+    """Energies of all frames; None when any is missing, for a mean over some frames would mislead."""
+    if energy is None or not np.isfinite(energy).all():
         return None
-    return np.asarray(energy[chosen], np.float64)
+    return np.asarray(energy, np.float64)
 
 
 def _with_bonds(system: System, reference: System, matched: np.ndarray) -> System:

@@ -20,6 +20,8 @@ class Costs:
     training_cpu_seconds: float | None = None
     sampling_cpu_seconds: float | None = None
     network_evaluations_per_sample: float | None = None
+    weighting_cpu_seconds: float | None = None
+    """Log-densities and energies of all samples."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dig_scale.evaluation import pictures, structure, thermodynamics
-from dig_scale.evaluation.formats import FORMATS
+from dig_scale.evaluation import physics_pictures, pictures, structure, thermodynamics
+from dig_scale.evaluation.formats import FORMATS, percent
 from dig_scale.evaluation.result import Evaluation, numbers
 from dig_scale.evaluation.sets import BLOCK_INEFFICIENCIES
 
@@ -43,7 +43,12 @@ def write_report(evaluation: Evaluation, out: Path) -> Path:
 
 def render(evaluation: Evaluation, content: dict[str, Any]) -> str:
     """The page of an evaluation whose `numbers` are `content`."""
-    titles = {name: title for name, title in SET_TITLES.items() if name != "reweighted" or evaluation.reweighting}
+    titles = dict(SET_TITLES)
+    weighted = evaluation.reweighting
+    if weighted is None:
+        del titles["reweighted"]
+    else:
+        titles["reweighted"] += f" (ESS {percent(weighted.fraction)})"
     return (
         templates()
         .get_template("report.html.j2")
@@ -113,7 +118,11 @@ def _pictures(evaluation: Evaluation) -> dict[str, Any]:
     tables = {"bonds": evaluation.bonds, "angles": evaluation.angles}
     drawn = {name: table and pictures.as_svg(pictures.geometry_figure(table)) for name, table in tables.items()}
     torsions, energy = pictures.worst_torsions(evaluation), evaluation.energy
+    physics = evaluation.physics
     return drawn | {
+        "weights": physics.weights and pictures.as_svg(physics_pictures.weights_figure(physics.weights)),
+        "agreement": physics.agreement and pictures.as_png(physics_pictures.agreement_figure(physics.agreement)),
+        "cost_curve": physics.cost_curve and pictures.as_svg(physics_pictures.cost_figure(physics.cost_curve)),
         "maps": [(one.label, pictures.as_png(pictures.map_figure(one))) for one in pictures.worst_maps(evaluation)],
         "torsions": pictures.as_svg(pictures.torsion_figure(torsions)) if torsions else None,
         "energy": pictures.as_svg(pictures.energy_figure(energy)) if energy else None,

@@ -11,8 +11,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from dig_scale.evaluation.cost import CostTable, ReferenceQuality
+from dig_scale.evaluation.cost_curve import CostCurve
 from dig_scale.evaluation.geometry_tables import ClashTable, EnergyTable, GeometryTable, StereoTable
+from dig_scale.evaluation.states import StateTable
 from dig_scale.evaluation.torsion_tables import Distance, MapComparison, TorsionComparison
+from dig_scale.evaluation.weights import Agreement, Weights
 
 FORMAT_VERSION = 1
 SIGNIFICANT_DIGITS = 10
@@ -54,6 +57,16 @@ class Reweighting:
 
 
 @dataclass(frozen=True)
+class Physics:
+    """What weights, log-densities and energies say, where an ensemble has them; free energies of states; error against cost."""
+
+    weights: Weights | None = None
+    agreement: Agreement | None = None
+    states: StateTable | None = None
+    cost_curve: CostCurve | None = None
+
+
+@dataclass(frozen=True)
 class Headline:
     """The one divergence that the verdict is about: a mean over (φ, ψ) maps, else over torsions."""
 
@@ -77,6 +90,7 @@ class Evaluation:
     energy: EnergyTable | None
     cost: CostTable | None
     reweighting: Reweighting | None
+    physics: Physics = Physics()
     headline: Headline | None = None
     verdict: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -174,10 +174,12 @@ def _convergence_warnings(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _weight_warnings(evaluation: Evaluation) -> Iterator[str]:
-    weights = evaluation.reweighting
+    weights, diagnosis = evaluation.reweighting, evaluation.physics.weights
     if weights is None:
         return
-    if weights.effective_samples < MIN_EFFECTIVE_SAMPLES or weights.fraction < MIN_EFFECTIVE_FRACTION:
+    if diagnosis is not None and diagnosis.trusted == "no":
+        yield f"The weights: {diagnosis.verdict}."
+    elif weights.effective_samples < MIN_EFFECTIVE_SAMPLES or weights.fraction < MIN_EFFECTIVE_FRACTION:
         yield (
             f"The reweighted numbers rest on {weights.effective_samples:.1f} effective samples"
             f" ({percent(weights.fraction)} of all): do not trust them."

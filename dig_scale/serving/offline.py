@@ -8,17 +8,12 @@ of indices is a file of its own, written atomically, until all are joined: a kil
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -26,11 +21,13 @@ import torch
 from dig_shards.durable import replace_durably
 
 from dig_scale.config import Sample
-from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
+from dig_scale.ensemble import FILE_NAME, STEERED, Ensemble, read_ensemble
 from dig_scale.errors import UserError
+from dig_scale.model.features import require_features
 from dig_scale.outputs.ensembles import is_complete, write_ensemble_folder
-from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
+from dig_scale.serving.block import POPULATION, draw_block, require_properties
+from dig_scale.serving.processes import process_count, processes
 from dig_scale.serving.served import (
     Benches,
     ServedModel,
@@ -43,7 +40,7 @@ from dig_scale.serving.served import (
 from dig_scale.system import System
 
 PARTS = "parts"
-_ARRAYS = ("positions", "rotations", "cell")
+_ARRAYS = ("positions", "rotations", "cell", "log_weights", "bias")
 
 OnSamples = Callable[[int, int], None]
 """(samples there, samples wanted)."""
@@ -72,6 +69,10 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
     first = wanted[0]
     model = load_served_model(first.checkpoint, torch.device("cpu"))
     require_wanted(model.recipe, wanted_properties(first.settings))
+    for draws in wanted:
+        require_features(draws.system, model.recipe.model)
+        require_properties(draws.settings, draws.system)
+        _require_whole_populations(draws)
     plans = [_plan(draws, model) for draws in wanted]
     _draw_missing(plans, progress)
     return [_finished(plan, model) for plan in plans]
@@ -80,13 +81,6 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
 def wanted_properties(settings: Sample) -> Wanted:
     """The properties that these settings ask for."""
     return Wanted(settings.conditions, settings.guidance)
-
-
-def worker_count(settings: Sample) -> int:
-    """Sampling processes: as the recipe says, else one per GPU, else one per core."""
-    if settings.workers is not None:
-        return settings.workers
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -141,9 +135,13 @@ def _identity(draws: Draws, checkpoint_id: str) -> dict[str, Any]:
         "seed": settings.seed,
         "network_evaluations_per_sample": settings.steps * evaluations,
     }
-    if not wanted.conditions:
-        return identity
-    return identity | {"conditions": dict(sorted(wanted.conditions.items())), "guidance": wanted.guidance}
+    if wanted.conditions:
+        identity |= {"conditions": dict(sorted(wanted.conditions.items())), "guidance": wanted.guidance}
+    if settings.guide is not None:
+        identity["guide"] = settings.guide.model_dump(mode="json")
+    if settings.steer is not None:
+        identity |= {"steer": settings.steer.model_dump(mode="json"), "population": _rows(draws)}
+    return identity
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -177,7 +175,9 @@ def _draw_missing(plans: Sequence[_Plan], progress: OnSamples | None) -> None:
     todo = [(plan, path) for plan in plans for path in plan.blocks if not path.is_file()]
     if not todo:
         return
-    with _pool(plans[0].draws, len(todo)) as pool:
+    draws = plans[0].draws
+    count = max(1, min(process_count(draws.settings.workers), len(todo)))
+    with processes(count, _start_worker, draws) as pool:
         running: list[Future[int]] = [
             pool.submit(_draw_block, path, plan.blocks[path], plan.draws.system) for plan, path in todo
         ]
@@ -187,30 +187,32 @@ def _draw_missing(plans: Sequence[_Plan], progress: OnSamples | None) -> None:
                 if progress is not None:
                     progress(done, total)
         except BrokenProcessPool:
-            out = plans[0].draws.out
-            raise UserError(f"a sampling process died; run the same command again to carry on in {out}") from None
+            raise UserError(f"a sampling process died; run the same command again to carry on in {draws.out}") from None
 
 
 def _blocks(missing: np.ndarray, draws: Draws) -> list[np.ndarray]:
-    rows = rows_that_fit(draws.system.n_sites, draws.settings.batch)
+    rows = _rows(draws)
     return [missing[start : start + rows] for start in range(0, len(missing), rows)]
+
+
+def _rows(draws: Draws) -> int:
+    """Samples of one block; a steered population is one."""
+    rows = rows_that_fit(draws.system.n_sites, draws.settings.batch)
+    return rows if draws.settings.steer is None else min(rows, draws.settings.num)
+
+
+def _require_whole_populations(draws: Draws) -> None:
+    """Part of a steered population is no sample of what all of it stands for."""
+    rows, num = _rows(draws), draws.settings.num
+    if draws.settings.steer is not None and num % rows:
+        raise UserError(
+            f"{num} steered samples of {draws.system.name!r} are no whole number of populations of {rows}: ask for "
+            f"{num + rows - num % rows}, or set --batch to the size of a population"
+        )
 
 
 def _part(folder: Path, block: np.ndarray) -> Path:
     return folder / f"{block[0]:09d}-{block[-1]:09d}-{len(block)}.npz"
-
-
-@contextmanager
-def _pool(draws: Draws, tasks: int) -> Iterator[ProcessPoolExecutor]:
-    workers = max(1, min(worker_count(draws.settings), tasks))
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(draws, threads)
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -223,41 +225,19 @@ _bound: list[_Bound] = []
 """What this worker process draws with; filled once by its initializer."""
 
 
-def _start_worker(draws: Draws, threads: int) -> None:
-    Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+def _start_worker(draws: Draws) -> None:
     model = load_served_model(draws.checkpoint, best_device())
     _bound[:] = [_Bound(Benches(model, wanted_properties(draws.settings)), draws.settings)]
-
-
-def _end_with_parent() -> None:
-    """Leave when the process that started this worker is gone, however it ended."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(3)
 
 
 def _draw_block(path: Path, block: np.ndarray, system: System) -> int:
     """Draw the samples `block` [n] of a system into `path`; the number drawn."""
     bench, settings = _bound[0].benches.bench(system), _bound[0].settings
     begin = time.process_time()
-    index = torch.as_tensor(block, device=bench.context.present.device)
-    with torch.inference_mode():
-        state = sample(
-            bench.score_fn,
-            bench.composition,
-            bench.context,
-            solver_named(settings.solver),
-            settings.steps,
-            settings.seed,
-            index,
-        )
-    arrays = bench.composition.arrays(state, bench.context)
+    found = draw_block(bench, settings, block)
     spent = time.process_time() - begin
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as stream:
-        found = {name: value.float().cpu().numpy() for name, value in arrays.items()}
         np.savez(stream, allow_pickle=False, index=block, cpu_seconds=spent, **found)
     temporary.replace(path)
     return len(block)
@@ -271,17 +251,21 @@ def _joined(plan: _Plan, provenance: dict[str, Any]) -> Ensemble:
             arrays[name] += [] if getattr(there, name) is None else [getattr(there, name)]
     index = [] if there is None else [there.index]
     cpu_seconds = 0.0 if there is None else float(there.provenance.get("cpu_seconds", 0.0))
+    populations = [] if there is None else list(there.provenance.get("populations", []))
     for part in plan.blocks:
         with np.load(part, allow_pickle=False) as content:
             for name in set(_ARRAYS) & set(content.files):
                 arrays[name].append(content[name])
             index.append(content["index"])
             cpu_seconds += float(content["cpu_seconds"])
+            if "bias" in content.files:
+                populations.append({"first": int(index[-1][0])} | {name: content[name].tolist() for name in POPULATION})
+    steered = {"log_weights": STEERED, "populations": populations} if populations else {}
     order = np.argsort(np.concatenate(index))
     return Ensemble(
         system=draws.system,
         **{name: np.concatenate(values)[order] for name, values in arrays.items() if values},
         index=np.concatenate(index)[order],
         seed=draws.settings.seed,
-        provenance=provenance | {"cpu_seconds": cpu_seconds},
+        provenance=provenance | steered | {"cpu_seconds": cpu_seconds},
     )

@@ -22,7 +22,7 @@ from dig_scale.config import Recipe
 from dig_scale.diffusion.composition import Composition, composition_for, require_sites
 from dig_scale.errors import UserError
 from dig_scale.model.checkpoint import FILE_NAME, build_score_model, load_checkpoint
-from dig_scale.model.features import featurise
+from dig_scale.model.features import features_read, featurise, require_features
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.sampling.guidance import classifier_free
 from dig_scale.system import System
@@ -108,8 +108,10 @@ def best_device() -> torch.device:
 def build_bench(model: ServedModel, system: System, wanted: Wanted = ANYTHING) -> Bench:
     """The bench of a system; raises UserError for a kind of system, or a property, that the model cannot take."""
     composition = composition_for(system.kind, model.recipe.diffusion)
-    context = _conditioned(featurise(system), model.recipe, wanted).to(model.device)
-    require_sites(composition, context, model.recipe.model.sites, system.name)
+    found = featurise(system)
+    require_sites(composition, found, model.recipe.model.sites, system.name)
+    require_features(system, model.recipe.model)
+    context = _conditioned(features_read(found, model.recipe.model), model.recipe, wanted).to(model.device)
     score_fn = composition.as_score_fn(model.network)
     if wanted.conditions:
         score_fn = classifier_free(score_fn, wanted.guidance)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dig_shards import Cursor, ShardError, ShardReader, batch_ids, load_manifest, system_batch
+from dig_shards.manifest import TRAIN
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,9 +26,9 @@ from dig_scale.batch import Batch, Context, State, collate, padded_to
 from dig_scale.config import Condition, Recipe, Train
 from dig_scale.diffusion.composition import Composition, composition_for, require_sites
 from dig_scale.errors import TrainingError
-from dig_scale.model.features import featurise
+from dig_scale.model.features import features_read, featurise, require_features, without_features
 from dig_scale.objectives.denoising import draw_times
-from dig_scale.records import LABEL, PER_SITE, POSITIONS
+from dig_scale.records import LABEL, MISSING_LABEL, PER_SITE, POSITIONS
 from dig_scale.system import System
 from dig_scale.training.zero import Ranks, Share, share_of
 from dig_scale.tree import tree_select, tree_to
@@ -35,6 +36,7 @@ from dig_scale.tree import tree_select, tree_to
 NOISE_BLOCK = 64
 """Rows that share a generator: a part of the format of a resumable run."""
 _AHEAD = 2
+_LABEL_BLOCK = 256
 _GOLDEN = 0.6180339887498949
 
 
@@ -73,7 +75,7 @@ class StepInput:
 @dataclass(frozen=True)
 class TrainingData:
     """One split of a dataset with the static features of its systems on the training device, and in the memory of the host,
-    where batches are made.
+    where batches are made, without features of other networks.
 
     In mixed batches all contexts are padded to the largest system, so that a row's noise does not depend on its company.
     """
@@ -127,7 +129,8 @@ class TrainingData:
             return context
         values = [(self._read(ids, rows, LABEL + c.name) - c.centre) / c.spread for c in self.conditions]
         condition = torch.stack(values, dim=1).to(context.present.device)
-        return replace(context, condition=condition, known=torch.ones_like(condition, dtype=torch.bool))
+        known = torch.isfinite(condition)
+        return replace(context, condition=torch.where(known, condition, 0.0), known=known)
 
 
 def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) -> TrainingData | None:
@@ -150,11 +153,16 @@ def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) 
     compositions = tuple(composition_for(system.kind, recipe.diffusion) for system in systems)
     for system, context, composition in zip(systems, contexts, compositions, strict=True):
         require_sites(composition, context, recipe.model.sites, system.name)
+        require_features(system, recipe.model)
+    contexts = tuple(features_read(context, recipe.model) for context in contexts)
     if recipe.train is not None and recipe.train.batches == "mixed":
         _require_alike(dataset, systems, compositions)
         contexts = padded_to(contexts, max(system.n_sites for system in systems))
+    if split == TRAIN:
+        _require_known(dataset, reader, recipe)
     on_device = tuple(context.to(device) for context in contexts)
-    return TrainingData(reader, systems, on_device, contexts, compositions, recipe.model.conditions)
+    on_host = tuple(without_features(context) for context in contexts)
+    return TrainingData(reader, systems, on_device, on_host, compositions, recipe.model.conditions)
 
 
 def _require_alike(dataset: Path, systems: tuple[System, ...], compositions: tuple[Composition, ...]) -> None:
@@ -175,6 +183,21 @@ def _require_labels(dataset: Path, system: System, stored: list[str], recipe: Re
             f"{dataset}: frames of system {system.name!r} have no label {missing[0]!r} that the model is to be "
             f"conditioned on; labels there: {there}"
         )
+
+
+def _require_known(dataset: Path, reader: ShardReader, recipe: Recipe) -> None:
+    """Raises TrainingError for a property that no frame has; one frame that has it is looked for, block by block."""
+    for condition in recipe.model.conditions:
+        blocks = (
+            np.arange(low, min(low + _LABEL_BLOCK, stop))
+            for start, stop in zip(reader.offsets[:-1], reader.offsets[1:], strict=True)
+            for low in range(start, stop, _LABEL_BLOCK)
+        )
+        if not any((reader.read_batch(ids, LABEL + condition.name) != MISSING_LABEL).any() for ids in blocks):
+            raise TrainingError(
+                f"{dataset}: label {condition.name!r}, which the model is to be conditioned on, is missing of every training "
+                "frame; import the data with it, or take it out of model.conditions"
+            )
 
 
 def step_input(data: TrainingData, train: Train, ranks: Ranks, step: int, cursor: Cursor) -> StepInput:

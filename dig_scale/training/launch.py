@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dig_scale.config import Recipe, Train, load_recipe, parse_recipe
+from dig_scale.config import Recipe, Train
 from dig_scale.errors import RecipeError, TrainingError
+from dig_scale.recipe_files import load_recipe, parse_recipe
 from dig_scale.training.run_folder import claim_folder
 
 WATCHED = "DIG_SCALE_ENDS_WITH_LAUNCHER"

@@ -106,6 +106,8 @@ class Window:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
+    physics_losses: list[float] = field(default_factory=list)
+    """Of candidates, one per step, without their weight; empty in runs without an energy."""
     flops: float = 0.0
     samples: int = 0
     gradient_norm: float = 0.0
@@ -113,10 +115,11 @@ class Window:
     """CRC-32 of this rank's frame ids (int64) in order: tells whether two runs saw the same data."""
 
     def vector(self, cpu_seconds: float, stop: float) -> np.ndarray:
-        """Sums to be added over the ranks: loss, steps, wait, time, flops, samples, CPU seconds, stop votes, level sums."""
+        """Sums to be added over the ranks: loss, steps, wait, time, flops, samples, CPU seconds, stop votes, physics
+        loss, level sums."""
         head = [sum(self.losses), len(self.losses), sum(self.waits), sum(self.seconds), self.flops, self.samples]
         levels = [self.levels.total.cpu().numpy(), self.levels.count.cpu().numpy()]
-        return np.concatenate([[*head, cpu_seconds, stop], *levels])
+        return np.concatenate([[*head, cpu_seconds, stop, sum(self.physics_losses)], *levels])
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,15 @@ class WindowSum:
     samples: float
     cpu_seconds: float
     stop: bool
+    physics_loss: float
     loss_by_level: list[float | None]
 
     @classmethod
     def of(cls, vector: np.ndarray) -> WindowSum:
         """Unpack the sum of the ranks' vectors."""
-        loss, steps, wait, seconds, flops, samples, cpu, stop = vector[:8].tolist()
-        by_level = level_means(vector[8 : 8 + LEVELS], vector[8 + LEVELS :])
-        return cls(loss / steps, wait / max(seconds, 1e-9), flops, samples, cpu, stop > 0, by_level)
+        loss, steps, wait, seconds, flops, samples, cpu, stop, physics = vector[:9].tolist()
+        by_level = level_means(vector[9 : 9 + LEVELS], vector[9 + LEVELS :])
+        return cls(loss / steps, wait / max(seconds, 1e-9), flops, samples, cpu, stop > 0, physics / steps, by_level)
 
 
 def train_row(window: Window, total: WindowSum, throughput: Throughput, **known: Any) -> dict[str, Any]:
@@ -147,6 +151,7 @@ def train_row(window: Window, total: WindowSum, throughput: Throughput, **known:
         "kind": "train",
         **known,
         "loss": total.loss,
+        **({"physics_loss": total.physics_loss} if window.physics_losses else {}),
         "loss_by_level": total.loss_by_level,
         "gradient_norm": window.gradient_norm,
         "frames_crc32": window.frames_crc32,

@@ -1,16 +1,16 @@
 """The training loop: `train(recipe, dataset, out)`, which needs only the rank environment.
 
 Runs the same under torchrun, srun, Ray Train and the launcher of the command line: RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT tell each process its place. A step: rows by cursor -> noise -> denoising loss -> DeepSpeed
-backward and update -> moving average. Started again in the same folder it carries on from the latest checkpoint, with the
-same losses and without repeating a record; SIGUSR1 makes it write a checkpoint and end at the next row of metrics.
+MASTER_ADDR and MASTER_PORT tell each process its place. A step: rows by cursor -> noise -> denoising loss (and the
+physics-informed loss of candidate structures, where asked) -> DeepSpeed backward and update -> moving average.
+Started again in the same folder it carries on from the latest checkpoint, with the same losses and without repeating a
+record; SIGUSR1 makes it write a checkpoint and end at the next row of metrics.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import time
 import zlib
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -28,12 +27,10 @@ from dig_shards.manifest import TRAIN, VALIDATION
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from dig_scale.batch import Context, Geometry, Score
 from dig_scale.config import Model, Recipe, Train
 from dig_scale.errors import TrainingError, UserError
 from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
 from dig_scale.model.score_model import ScoreModel
-from dig_scale.objectives.denoising import denoising_loss
 from dig_scale.training import metrics, run_folder, zero
 from dig_scale.training.data import (
     MicroBatch,
@@ -45,31 +42,13 @@ from dig_scale.training.data import (
 )
 from dig_scale.training.ema import Fragment, averaged_copy, decay_at, load_fragments_, move_average_, save_fragments
 from dig_scale.training.launch import end_with_launcher, read_recipe
+from dig_scale.training.objective import Objective
+from dig_scale.training.physics import PhysicsData, open_candidates
 from dig_scale.training.run_folder import Progress
-from dig_scale.tree import tree_map
+from dig_scale.training.stopping import StopOnSignal
 
 VALIDATION_ROWS = 2048
 _PREFIX = "network."
-
-
-class Denoising(nn.Module):
-    """The trained module: a micro-batch -> denoising loss of every row. Only the network runs in bf16, where asked."""
-
-    def __init__(self, network: nn.Module, precision: str) -> None:
-        super().__init__()
-        self.network = network
-        self.precision = precision
-
-    def forward(self, micro: MicroBatch) -> Tensor:
-        """Losses [B]."""
-        return denoising_loss(self._answer, micro.composition, micro.batch, micro.t, micro.noise)
-
-    def _answer(self, seen: Geometry, context: Context, noise_std: Tensor) -> Score:
-        if self.precision == "fp32":
-            return self.network(seen, context, noise_std)
-        with torch.autocast(noise_std.device.type, dtype=torch.bfloat16):
-            score: Score = self.network(seen, context, noise_std)
-        return tree_map(torch.Tensor.float, score)
 
 
 @dataclass(frozen=True)
@@ -81,6 +60,7 @@ class Run:
     ranks: zero.Ranks
     data: TrainingData
     validation: TrainingData | None
+    candidates: PhysicsData | None
     engine: zero.ZeroEngine
     live: tuple[Fragment, ...]
     """Views of the fp32 weights, walked once: DeepSpeed updates them in place."""
@@ -98,7 +78,7 @@ def train(recipe: Recipe, dataset: Path, out: Path) -> None:
     over the ranks, a loss that is not finite (named with its step and systems; the last checkpoint stays).
     """
     started = time.perf_counter()
-    settings = required_section(recipe)
+    settings = _in_one_pass(required_section(recipe))
     joined_before = dist.is_initialized()
     ranks = zero.join_ranks()
     try:
@@ -189,7 +169,7 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
     if data is None:
         raise TrainingError(f"{dataset}: the train split has no frames; pack it again")
     precision = precision_of(settings, ranks.device)
-    engine = zero.start_engine(Denoising(new_network(recipe, settings), precision), settings, ranks)
+    engine = zero.start_engine(Objective(new_network(recipe, settings), precision), settings, ranks)
     resumed, ema = _resume(engine, settings, ranks, out)
     return Run(
         recipe=recipe,
@@ -197,6 +177,7 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
         ranks=ranks,
         data=data,
         validation=open_split(dataset, VALIDATION, recipe, ranks.device),
+        candidates=open_candidates(recipe, dataset, ranks),
         engine=engine,
         live=zero.local_fragments(engine),
         ema=ema,
@@ -229,7 +210,7 @@ def _resume(
 def _loop(run: Run) -> None:
     writer = metrics.MetricsWriter(run.out, run.resumed.step) if run.ranks.is_first else None
     reader = Prefetcher(run.data, run.train, run.ranks, run.resumed.step, run.resumed.cursor)
-    asked_to_stop = _StopOnSignal()
+    asked_to_stop = StopOnSignal()
     with closing(reader), asked_to_stop:
         window = _new_window(run)
         for step in range(run.resumed.step, run.train.steps):
@@ -258,18 +239,14 @@ def _one_step(run: Run, step: int, item: StepInput, window: metrics.Window) -> N
     """Forward, backward and update of one global batch; adds to `window`."""
     total = torch.zeros((), device=run.ranks.device)
     count = len(item.micro_batches)
-    for number, cpu_micro in enumerate(item.micro_batches):
-        micro = cpu_micro.to(run.ranks.device)
-        losses = run.engine(micro)
-        loss = losses.mean()
-        if number + 1 < count:
-            zero.accumulate_(run.engine, loss)
-        else:
+    for number, micro in enumerate(item.micro_batches):
+        loss = _denoising(run, micro, window)
+        if number + 1 == count:
+            loss = loss + count * _physics(run, step, window)  # `count` undoes the mean over micro-batches
             zero.backward_last_(run.engine, loss)
+        else:
+            zero.accumulate_(run.engine, loss)
         total += loss.detach() / count
-        window.levels = window.levels.plus(losses, micro.t)
-        window.samples += len(losses)
-        window.flops += run.throughput.flops_of(micro.batch.context.n_sites) * len(losses)
     value = float(total)
     _require_finite(value, "loss", step, item)
     window.losses.append(value)
@@ -277,6 +254,38 @@ def _one_step(run: Run, step: int, item: StepInput, window: metrics.Window) -> N
     window.gradient_norm = zero.apply_update_(run.engine, learning_rate_at(step, run.train))
     _require_finite(window.gradient_norm, "gradient norm", step, item)
     move_average_(run.ema, run.live, decay_at(step, run.train.ema_decay))
+
+
+def _denoising(run: Run, micro: MicroBatch, window: metrics.Window) -> Tensor:
+    """Weighted denoising loss of a micro-batch; where its weight is 0 the network is not asked."""
+    weight = _denoising_weight(run.train)
+    if weight == 0:
+        return torch.zeros((), device=run.ranks.device)
+    placed = micro.to(run.ranks.device)
+    losses = run.engine(placed)
+    window.levels = window.levels.plus(losses, placed.t)
+    window.samples += len(losses)
+    window.flops += run.throughput.flops_of(placed.batch.context.n_sites) * len(losses)
+    return weight * losses.mean()
+
+
+def _physics(run: Run, step: int, window: metrics.Window) -> Tensor:
+    """Weighted loss of the step's candidates; 0 in a run that has none."""
+    if run.candidates is None:
+        return torch.zeros((), device=run.ranks.device)
+    losses = run.engine(run.candidates.batch(step, run.ranks))
+    window.physics_losses.append(float(losses.detach().mean()))
+    window.samples += 0 if _denoising_weight(run.train) else len(losses)
+    return run.candidates.settings.weight * losses.mean()
+
+
+def _denoising_weight(settings: Train) -> float:
+    return settings.physics_informed.denoising_weight if settings.physics_informed else 1.0
+
+
+def _in_one_pass(settings: Train) -> Train:
+    """Where candidates are all there is, nothing accumulates."""
+    return settings if _denoising_weight(settings) else settings.model_copy(update={"micro_batch": None})
 
 
 def _require_finite(value: float, what: str, step: int, item: StepInput) -> None:
@@ -404,27 +413,6 @@ def _new_window(run: Run) -> metrics.Window:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-class _StopOnSignal:
-    """Notes SIGUSR1 (a scheduler's warning before it ends the job) while the loop runs."""
-
-    def __init__(self) -> None:
-        self.seen = False
-
-    def __enter__(self) -> _StopOnSignal:
-        try:
-            self._previous = signal.signal(signal.SIGUSR1, self._note)
-        except ValueError:  # not the main thread, as under Ray Train: its controller ends workers itself
-            self._previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGUSR1, self._previous)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
 
 
 def main(arguments: list[str]) -> int:

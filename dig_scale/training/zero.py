@@ -100,9 +100,11 @@ def join_ranks() -> Ranks:
 
 
 def leave_ranks() -> None:
-    """Leave the process group."""
+    """Leave the process group; DeepSpeed forgets it too, so that another training may follow in this process."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        from deepspeed import comm
+
+        comm.destroy_process_group()
 
 
 def share_of(train: Train, world_size: int) -> Share:

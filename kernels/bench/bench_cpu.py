@@ -26,13 +26,14 @@ from dig_kernels.radial_table import KnotGrid, evaluate_pieces, hermite_pieces
 
 from benchmarks.rows import Row, at_least, note, publish
 from dig_scale.batch import Batch
-from dig_scale.config import Recipe, load_recipe
+from dig_scale.config import Recipe
 from dig_scale.diffusion.composition import composition_for
 from dig_scale.importers.protein import system_from_sequence
 from dig_scale.model.features import featurise
 from dig_scale.model.pair_bias import U_STOP, RadialChannels
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.objectives.denoising import denoising_loss, draw_times
+from dig_scale.recipe_files import load_recipe
 from dig_scale.records import packed_system
 from dig_scale.sampling.integrate import advance, walkers_at_start
 from dig_scale.sampling.solvers import solver_named

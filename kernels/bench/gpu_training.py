@@ -15,10 +15,11 @@ from bench.gpu_timing import Bench
 from torch import Tensor
 
 from dig_scale.batch import Batch, Context, Geometry, Score, State
-from dig_scale.config import Diffusion, Model, load_recipe
+from dig_scale.config import Diffusion, Model
 from dig_scale.diffusion.composition import Composition, composition_for
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.objectives.denoising import denoising_loss, draw_times
+from dig_scale.recipe_files import load_recipe
 from dig_scale.system import SystemKind
 from dig_scale.training.metrics import Throughput, peak_flops
 from dig_scale.tree import tree_map, tree_to
@@ -136,6 +137,8 @@ def chain(sites: int) -> tuple[Context, Tensor]:
         periodic=torch.zeros(1, 3, dtype=torch.bool),
         condition=torch.zeros(1, 0),
         known=torch.zeros(1, 0, dtype=torch.bool),
+        site_features=torch.zeros(1, sites, 0),
+        pair_features=torch.zeros(1, sites, sites, 0),
     )
     return context, positions[None]
 

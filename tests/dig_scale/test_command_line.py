@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dig_scale.config import load_recipe, parse_recipe
 from dig_scale.errors import RecipeError
 from dig_scale.progress import duration
+from dig_scale.recipe_files import load_recipe, parse_recipe
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

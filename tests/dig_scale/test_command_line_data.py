@@ -113,26 +113,19 @@ def test_a_bad_structure_is_one_line_that_names_its_place(
     assert not list(tmp_path.glob("out/**/*.zarr"))
 
 
-@pytest.mark.parametrize(
-    ("field", "words"), [("cif", "table.csv row 1 (m1): positions or cell"), ("energy", "row 1 (m1): energy is 'nan'")]
-)
-def test_a_table_without_one_usable_row_says_why_for_the_first(
-    command: Command, tmp_path: Path, field: str, words: str
-) -> None:
+def test_a_table_without_one_usable_row_says_why_for_the_first(command: Command, tmp_path: Path) -> None:
     numbers = "".join(f"_cell_length_{k} 3.6\n" for k in "abc") + "".join(
         f"_cell_angle_{k} 90\n" for k in ("alpha", "beta", "gamma")
     )
-    place = "nan" if field == "cif" else "0.0"
     sites = "loop_\n_atom_site_type_symbol\n_atom_site_label\n" + "".join(f"_atom_site_fract_{k}\n" for k in "xyz")
-    row = {"id": "m1", "cif": f"data_C\n{numbers}{sites}C C0 {place} 0 0\n"}
-    row |= {"energy": "nan" if field == "energy" else "1.0"}
+    row = {"id": "m1", "cif": f"data_C\n{numbers}{sites}C C0 nan 0 0\n", "energy": "1.0"}
     with (tmp_path / "table.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(row))
         writer.writeheader()
         writer.writerow(row)
     done = command("import", recipe(tmp_path, "crystals", "table.csv"), "--out", tmp_path / "out")
     assert "no usable crystal structure" in done.error
-    assert words in done.error
+    assert "table.csv row 1 (m1): positions or cell" in done.error
 
 
 def cut(source: Path, target: Path, atom: int, column: int = 35) -> Path:
@@ -162,7 +155,10 @@ def test_a_ligand_of_another_frame_and_a_broken_molecule_are_named(
     poses, targets = shared_data / "complexes" / "diffdock", shared_data / "fep_pockets"
     (protein,) = (targets / "cdk2" / "01_protein").rglob("*.pdb")
     elsewhere = recipe(tmp_path, "pocket", protein, targets / "syk" / "02_ligands" / "ligands.sdf")
-    assert f"{protein}: no atom within 10 Å" in command("import", elsewhere, "--out", tmp_path / "out").error
+    assert (
+        f"{protein}: the protein has no atom within 10 Å"
+        in command("import", elsewhere, "--out", tmp_path / "out").error
+    )
     broken = recipe(tmp_path, "pocket", poses / "1cbr_protein.pdb", poses / "1cbr_ligand.sdf")
     assert "1cbr_ligand.sdf, molecule 1 (1cbr_ligand): atom 15 (C)" in command("import", broken).error
     assert not (tmp_path / "out").exists()

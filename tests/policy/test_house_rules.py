@@ -16,11 +16,17 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGES = (ROOT / "dig_scale", ROOT / "kernels" / "dig_kernels", ROOT / "data_shards" / "dig_shards")
 DOORS = {
     "deepspeed": {"dig_scale/training/zero.py"},
-    "ray": {"dig_scale/simulation/campaign.py", "dig_scale/simulation/relabel.py", "dig_scale/serving/app.py"},
+    "ray": {
+        "dig_scale/simulation/campaign.py",
+        "dig_scale/simulation/potential_actors.py",
+        "dig_scale/simulation/relabel.py",
+        "dig_scale/serving/app.py",
+    },
     "openmm": {
         "dig_scale/simulation/mmff.py",
         "dig_scale/simulation/openmm_engine.py",
         "dig_scale/simulation/openmm_pocket.py",
+        "dig_scale/simulation/openmm_potential.py",
         "dig_scale/simulation/openmm_prepared.py",
         "dig_scale/simulation/openmm_solvent.py",
         "dig_scale/simulation/openmm_systems.py",

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dig_scale.config import Train, parse_recipe
+from dig_scale.config import Train
+from dig_scale.recipe_files import parse_recipe
 from dig_scale.training import zero
 from dig_scale.training.ema import Fragment, averaged_copy, load_fragments_, move_average_, save_fragments
 from dig_scale.training.metrics import read_metrics

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from dig_shards import TrajectoryWriter
 
-from dig_scale.config import Recipe, parse_recipe
+from dig_scale.config import Recipe
+from dig_scale.recipe_files import parse_recipe
 from dig_scale.records import POSITIONS, field_specs, pack_dataset, trajectory_attributes
 from dig_scale.system import System
 

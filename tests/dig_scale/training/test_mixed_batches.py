@@ -21,7 +21,7 @@ from dig_scale.records import field_names, field_specs, frame_arrays, pack_datas
 from dig_scale.sampling.solvers import fields_of
 from dig_scale.system import Frames, System
 from dig_scale.training.data import MicroBatch, StepInput, TrainingData, open_split, step_input, validation_batches
-from dig_scale.training.trainer import Denoising
+from dig_scale.training.objective import Objective
 from dig_scale.training.zero import Ranks
 from dig_scale.tree import tree_select
 from tests.dig_scale.training.small_runs import small_recipe
@@ -196,7 +196,7 @@ def test_every_kind_has_a_loss_with_gradients_for_all_it_reads(kind: str, precis
     data = opened(write_dataset(tmp_path, [copies(kind)]), recipe)
     (item,) = steps(data, recipe, 1)
     network = lively_model(case(kind).sites).float().train()
-    loss = Denoising(network, precision)(item.micro_batches[0])
+    loss = Objective(network, precision)(item.micro_batches[0])
     assert loss.shape == (4,)
     assert loss.isfinite().all()
     loss.mean().backward()
@@ -204,7 +204,7 @@ def test_every_kind_has_a_loss_with_gradients_for_all_it_reads(kind: str, precis
     silent += [name for name, p in network.named_parameters() if name.endswith("head.out.weight") and not p.grad.any()]
     assert not silent
     with torch.no_grad():
-        exact = Denoising(network, "fp32")(item.micro_batches[0])
+        exact = Objective(network, "fp32")(item.micro_batches[0])
     assert float(loss.detach().mean()) == pytest.approx(float(exact.mean()), rel=0.05)  # bf16 keeps 8 bits
 
 
