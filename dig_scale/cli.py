@@ -179,7 +179,7 @@ def sample(
         str | None,
         typer.Option(
             help="AlphaFold2's single and pair, .npz, .pkl or _single.npy, for published networks and models that read them; "
-            "or esm2:MODEL, a name or a folder, for models that read a language model's."
+            "esm2:MODEL, a name or a folder, for models that read a language model's; or template:FILE, a known structure."
         ),
     ] = None,
     sequence: Annotated[

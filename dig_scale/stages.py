@@ -195,7 +195,7 @@ def shared_out(
 ) -> list[Draws]:
     """What to sample: the system that is named, or the only one, into `out`; else settings.num samples shared among the
     training systems as their training frames are, each into a folder OUT/<system>; those that get none are left out.
-    `representation` (a file, or esm2: and a language model) gives one system's features in the place of its own.
+    `representation` (what importers.representations.represented takes) gives one system's features in the place of its own.
     """
     import torch
 

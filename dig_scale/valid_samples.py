@@ -137,15 +137,10 @@ def _written(draws: Draws, drawn: Ensemble, looked: Validity) -> Accepted:
         "acceptance": looked.acceptance,
         "failed": looked.counts(),
     }
-    provenance = drawn.provenance | {"validity": told}
-    chosen = {name: getattr(drawn, name) for name in _PER_SAMPLE if getattr(drawn, name) is not None}
-    ensemble = replace(drawn, **{name: values[kept] for name, values in chosen.items()}, provenance=provenance)
+    ensemble = replace(drawn.take(kept), provenance=drawn.provenance | {"validity": told})
     _claim(draws.out)
     write_ensemble_folder(ensemble, draws.out)
     return Accepted(ensemble, looked, draws.settings.num, draws.out)
-
-
-_PER_SAMPLE = ("positions", "index", "log_density", "energy", "log_weights", "rotations", "cell")
 
 
 def _valid(looked: Validity | None) -> int:
