@@ -1,7 +1,7 @@
 """Toys learned from their energy alone (physics-informed pre-training, no equilibrium data), judged by Jensen-Shannon
 divergence to the exact density.
 
-Candidates are short random walks, 1.5 and 2.5 times too warm and not equilibrated. The network is a plain multilayer
+Candidates are short random walks, 2 and 3 times too warm and not equilibrated. The network is a plain multilayer
 perceptron for the log-density, behind the same Composition, equation and solvers as any molecule.
 
     python -m benchmarks.physics_toys --json FILE
@@ -37,14 +37,14 @@ from dig_scale.toy_states import ToySystem, toy_system
 from dig_scale.toys import DoubleWell, MuellerBrown, Toy
 from dig_scale.tree import tree_select
 
-HEATS = (1.5, 2.5)
+HEATS = (2.0, 3.0)
 """Temperatures of the candidates' walks, in that of the distribution to be learned."""
 JS_BAR = 0.02
 """nat."""
 SCHEDULE = Diffusion(schedule="log-linear", noise_min=0.01, noise_max=10.0)
-SETTINGS = PhysicsInformed(batch=512, probes=None, length=0.1, boundary_huber=1.0, fokker_planck_huber=1.0)
+SETTINGS = PhysicsInformed(batch=512, probes=None, length=0.3, boundary_huber=1.0, fokker_planck_huber=1.0)
 LEARNING_RATE = 3e-3
-GROWTH = 0.3
+GROWTH = 0.6
 """Share of the steps after which all noise levels are trained."""
 _SCALE = 5.0
 """kT that the network's answer of 1 stands for."""
@@ -70,8 +70,8 @@ class ToyDensity(nn.Module):
     """Multilayer perceptron for log p of a toy's own coordinates; those behind them are standard normals.
 
     In: coordinates [B, D] on the scale of the data and noise levels [B]. Out: log p [B] up to a constant: the log-density of
-    a noised normal with the candidates' `mean` and `variance` [d], and corrections that vanish where noise is all there is.
-    Fourier features are damped by noise as the density is.
+    a noised normal with the candidates' `mean` and `variance` [d], and the answer of the network, whose Fourier features are
+    damped by noise as the density is.
     """
 
     waves: Tensor
@@ -88,7 +88,6 @@ class ToyDensity(nn.Module):
         self.register_buffer("levels", torch.tensor([0.03, 0.1, 0.3, 1.0, 3.0]))
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
-        self.constant = nn.Parameter(torch.zeros(()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = nn.Sequential(
@@ -108,9 +107,7 @@ class ToyDensity(nn.Module):
         phase, damping = own @ self.waves.mT, torch.exp(-0.5 * n2 * (self.waves**2).sum(1))
         inputs = [own / torch.sqrt(self.variance + n2), n2 / (n2 + self.levels**2)]
         answer = self.net(torch.cat([*inputs, damping * phase.sin(), damping * phase.cos()], dim=1)).squeeze(1)
-        spread = self.variance.mean()
-        correction = answer * spread / (spread + n2.squeeze(1)) + self.constant
-        return _normal(own, self.variance + n2) + _normal(rest, 1 + n2) + _SCALE * correction
+        return _normal(own, self.variance + n2) + _normal(rest, 1 + n2) + _SCALE * answer
 
 
 def _normal(x: Tensor, variance: Tensor) -> Tensor:
@@ -203,8 +200,8 @@ def physics_draws(system: ToySystem, part: Candidates, front: float, generator: 
 
 
 def samples_of(system: ToySystem, score_fn: ScoreFn, count: int, steps: int) -> Tensor:
-    """Coordinates [count, D] from the probability-flow ODE."""
-    solver = SOLVERS["dpm-solver++2m-ode"]
+    """Coordinates [count, D] of the stochastic solver that recipes have too."""
+    solver = SOLVERS["dpm-solver++2m-sde"]
     with torch.no_grad():
         parts = [
             sample(score_fn, system.composition, system.context, solver, steps, 7, torch.arange(low, low + 5000))
@@ -267,7 +264,7 @@ def rows_of(exercise: Exercise, steps: int, report: Callable[[str], None]) -> li
     seconds = time.process_time() - start
     width = exercise.toy.dimension
     score_fn = score_of(log_density_of(system, network), system.composition)
-    found = histogram(samples_of(system, score_fn, 20_000, 60)[:, :width], exercise)
+    found = histogram(samples_of(system, score_fn, 20_000, 100)[:, :width], exercise)
     crude = histogram(system.coordinates(places)[:, :width], exercise)
     exact = exact_histogram(exercise)
     zero = float((system.reduced_energy(places) - energy).mean())
@@ -284,7 +281,7 @@ def main() -> None:
     """Run all exercises."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     rows = []
