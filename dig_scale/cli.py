@@ -20,7 +20,7 @@ from dig_scale.config import Recipe, Sample, SolverName
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
 from dig_scale.recipe_files import bundled_recipes, load_recipe
-from dig_scale.stages import RunFolders, default_folders
+from dig_scale.stages.folders import RunFolders, default_folders
 
 if TYPE_CHECKING:
     from dig_scale.serving.offline import Draws
@@ -53,7 +53,7 @@ def run(
     overrides: Overrides = None,
 ) -> None:
     """Simulate, pack, train, sample and evaluate a recipe, one stage after the other."""
-    from dig_scale.stages import run_all
+    from dig_scale.stages.run import run_all
 
     chosen = load_recipe(recipe, overrides or [])
     folders = RunFolders(out) if out else default_folders(chosen.name)
@@ -72,7 +72,7 @@ def simulate(
     overrides: Overrides = None,
 ) -> None:
     """Generate trajectories with molecular dynamics on Ray actors, and crystals by random structure search."""
-    from dig_scale.stages import simulate_stage
+    from dig_scale.stages.data import simulate_stage
 
     chosen = load_recipe(recipe, overrides or [])
     folder = out or default_folders(chosen.name).trajectories
@@ -92,7 +92,7 @@ def pack(
     overrides: Overrides = None,
 ) -> None:
     """Pack trajectories into verified WebDataset shards."""
-    from dig_scale.stages import pack_stage
+    from dig_scale.stages.data import pack_stage
 
     chosen = load_recipe(recipe, overrides or [])
     folders = default_folders(chosen.name)
@@ -129,7 +129,7 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train a score model with DeepSpeed on this machine (torchrun, Slurm, Ray: see launch/)."""
-    from dig_scale.stages import train_stage
+    from dig_scale.stages.train import train_stage
 
     chosen = load_recipe(recipe, overrides or [])
     folders = default_folders(chosen.name)
@@ -232,7 +232,7 @@ def sample(
         refuse({"num": num}, "and --valid are two ways to say how many: give one")
         given["num"] = valid
     from dig_scale.model.checkpoint import load_checkpoint
-    from dig_scale.stages import shared_out
+    from dig_scale.stages.sample import shared_out
 
     defaults = load_checkpoint(checkpoint).recipe.sample
     given |= trained
@@ -263,14 +263,14 @@ def _sample_settings(content: dict[str, Any]) -> Sample:
 
 
 def _draw(wanted: Sequence[Draws]) -> None:
-    from dig_scale.stages import sample_stage
+    from dig_scale.stages.sample import sample_stage
 
     for draws, ensemble in zip(wanted, sample_stage(wanted), strict=True):
         typer.echo(f"{ensemble.n_samples} samples of {ensemble.system.name}: {draws.out}")
 
 
 def _draw_valid(wanted: Sequence[Draws], cap: int | None) -> None:
-    from dig_scale.valid_samples import valid_samples
+    from dig_scale.stages.valid_samples import valid_samples
 
     for draws, accepted in zip(wanted, valid_samples(wanted, cap), strict=True):
         typer.echo(f"{draws.system.name}: {accepted.in_words()}: {accepted.out}")
@@ -401,7 +401,7 @@ def evaluate(
     """Compare an ensemble with reference trajectories in one HTML report."""
     from dig_scale.config import Evaluate
     from dig_scale.evaluation.reference_files import ReferenceFile
-    from dig_scale.stages import evaluate_stage
+    from dig_scale.stages.evaluate import evaluate_stage
 
     file = ReferenceFile(topology, frame_spacing_ps) if topology is not None else None
     folder = out or (ensemble if ensemble.is_dir() else ensemble.parent).parent / "report"

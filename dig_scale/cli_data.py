@@ -14,7 +14,7 @@ import typer
 from dig_scale.config import CalculatorName, CalculatorSpec
 from dig_scale.errors import UserError
 from dig_scale.recipe_files import apply_override, load_recipe
-from dig_scale.stages import default_folders
+from dig_scale.stages.folders import default_folders
 
 data = typer.Typer()
 
@@ -87,7 +87,7 @@ def refuse(options: Mapping[str, object], problem: str) -> None:
 
 
 def _import_recipe(source: Path, out: Path | None, overrides: list[str]) -> None:
-    from dig_scale.stages import import_stage
+    from dig_scale.stages.data import import_stage
 
     if source.is_file() and source.suffix != ".toml":
         raise UserError(
@@ -130,7 +130,7 @@ def relabel(
     ] = None,
 ) -> None:
     """Compute energies and forces of stored frames again with a better method."""
-    from dig_scale.stages import evenly_spread, relabel_stage
+    from dig_scale.stages.data import evenly_spread, relabel_stage
 
     if (frames is None) == (stride is None):
         raise UserError("give --frames N or --stride K: which frames of each trajectory to compute")

@@ -16,8 +16,8 @@ from dig_scale.cli_properties import States
 from dig_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from dig_scale.densities import Energies
     from dig_scale.sampling.likelihood import LikelihoodSettings
+    from dig_scale.stages.density import Energies
 
 physics = typer.Typer()
 
@@ -38,7 +38,7 @@ def interpolate(
     steps: Annotated[int | None, typer.Option(min=1, help="Equal steps of the ODE; adaptive ones when absent.")] = None,
 ) -> None:
     """Find a path between two structures through the latent space of a model."""
-    from dig_scale.pathways import Asked, interpolate_stage
+    from dig_scale.stages.interpolate import Asked, interpolate_stage
 
     found = interpolate_stage(Asked(first, second, model, system, frames, way, steps), out)
     errors = " and ".join(f"{error:.3f}" for error in found.end_rmsd)
@@ -53,8 +53,8 @@ def ablate(
     overrides: Overrides = None,
 ) -> None:
     """Train on the energy alone, on few frames alone and on both at equal budget, and compare what they sample."""
-    from dig_scale.ablation import CSV_NAME, JSON_NAME, ablate_stage, lines_of
     from dig_scale.recipe_files import load_recipe
+    from dig_scale.stages.ablate import CSV_NAME, JSON_NAME, ablate_stage, lines_of
 
     table = ablate_stage(load_recipe(recipe, overrides or []), out)
     for line in lines_of(table):
@@ -95,8 +95,8 @@ def density(
     overrides: Overrides = None,
 ) -> None:
     """Log-density of every structure by the probability-flow ODE; with energies also Boltzmann weights."""
-    from dig_scale.densities import Asked, density_stage
-    from dig_scale.density_sources import Source
+    from dig_scale.stages.density import Asked, density_stage
+    from dig_scale.stages.density_sources import Source
 
     ode = {"method": method, "steps": steps, "rtol": rtol, "atol": atol}
     if divergence == "exact":
@@ -129,8 +129,8 @@ def _likelihood(ode: Mapping[str, Any], model: Path, divergence: str, probes: in
 
 
 def _energies(recipe: str | None, prepared: Path | None, overrides: list[str]) -> Energies:
-    from dig_scale.densities import Energies
     from dig_scale.recipe_files import load_recipe
+    from dig_scale.stages.density import Energies
 
     if recipe is None:
         refuse({"set": overrides or None}, "changes a recipe: give one with --recipe")
@@ -147,7 +147,7 @@ def reweight(
     ] = None,
 ) -> None:
     """Whether an ensemble's weights can be trusted, log Z, entropy, and free energies between states."""
-    from dig_scale.reweighted import reweight_stage
+    from dig_scale.stages.reweight import reweight_stage
 
     for line in reweight_stage(ensemble, state or [], out):
         typer.echo(line)

@@ -15,7 +15,7 @@ import pytest
 from dig_scale import cli
 from dig_scale.ensemble import read_ensemble
 from dig_scale.records import find_trajectories, read_trajectory_frames, trajectory_origin
-from dig_scale.stages import evenly_spread
+from dig_scale.stages.data import evenly_spread
 from tests.dig_scale.model.published.published_files import (
     bioemu_config,
     bioemu_table,

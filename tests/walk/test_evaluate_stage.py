@@ -14,7 +14,7 @@ from dig_scale.errors import UserError
 from dig_scale.evaluation.reference_files import reference_frames
 from dig_scale.importers.trajectory import ImportOptions, LengthUnit, Sites, import_trajectory
 from dig_scale.records import read_trajectory_frames
-from dig_scale.stages import evaluate_stage
+from dig_scale.stages.evaluate import evaluate_stage
 
 QUICK = Evaluate(bins=36, bootstrap=20)
 

@@ -10,7 +10,7 @@ import torch
 from dig_scale.config import Model, Pack, Recipe
 from dig_scale.importers.protein import system_from_sequence
 from dig_scale.importers.stores import imported, write_store
-from dig_scale.stages import pack_stage
+from dig_scale.stages.data import pack_stage
 from dig_scale.system import Frames
 from dig_scale.training.data import noise_rows, open_split
 

@@ -21,7 +21,7 @@ from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
 from dig_scale.serving.offline import Draws, sample_ensemble
 from dig_scale.serving.served import ServedModel, Wanted, build_bench, load_served_model
-from dig_scale.stages import sample_stage, shared_out
+from dig_scale.stages.sample import sample_stage, shared_out
 from tests.kinds import SMALL, lively_model
 
 QUICK = Sample(steps=2, batch=8, workers=1, num=10)

@@ -20,7 +20,7 @@ from dig_scale.importers.crystal import crystal_system
 from dig_scale.importers.pocket import PocketOptions, pocket_system
 from dig_scale.importers.stores import imported, write_store
 from dig_scale.outputs.molecules import ligand_sites
-from dig_scale.stages import evaluate_stage
+from dig_scale.stages.evaluate import evaluate_stage
 from dig_scale.system import Frames, System
 
 QUICK = Evaluate(bins=12, bootstrap=10)

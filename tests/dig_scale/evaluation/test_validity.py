@@ -30,8 +30,8 @@ from dig_scale.importers.backbone import residue_chain
 from dig_scale.importers.sequence import backbone
 from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
 from dig_scale.serving.offline import Draws, sample_ensemble
+from dig_scale.stages.valid_samples import ATTEMPTS, Accepted, attempts_needed, valid_samples
 from dig_scale.system import System, SystemKind
-from dig_scale.valid_samples import ATTEMPTS, Accepted, attempts_needed, valid_samples
 from tests.kinds import case, system_of
 from tests.molecules import alanine_dipeptide_heavy
 from tests.truth.test_score_model import lively_model

@@ -9,7 +9,7 @@ import pytest
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import read_backbone
 from dig_scale.importers.sampled import Reading, is_file_name, system_from_file
-from dig_scale.stages import trained_system
+from dig_scale.stages.sample import trained_system
 from dig_scale.system import SiteRole, SystemKind
 from tests.dig_scale.serving.test_serving_kinds import save
 from tests.kinds import catalyst

@@ -25,7 +25,7 @@ from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
 from dig_scale.model.score_model import ScoreModel
 from dig_scale.recipe_files import load_recipe
 from dig_scale.records import pack_dataset, read_trajectory_system
-from dig_scale.stages import shared_out
+from dig_scale.stages.sample import shared_out
 from dig_scale.system import System
 from dig_scale.training.data import open_split
 from tests.kinds import SMALL, case

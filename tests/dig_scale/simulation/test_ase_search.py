@@ -10,7 +10,7 @@ from dig_scale.errors import UserError
 from dig_scale.recipe_files import parse_recipe
 from dig_scale.records import find_trajectories, pack_dataset, read_trajectory_frames
 from dig_scale.simulation.ase_search import elements_of
-from dig_scale.stages import simulate_stage
+from dig_scale.stages.data import simulate_stage
 from dig_scale.system import SystemKind
 
 SEARCH = {"candidates": 3, "volume_per_atom": [10.0, 14.0], "shortest_distance": 1.8, "workers": 1}

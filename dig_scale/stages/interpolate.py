@@ -14,6 +14,7 @@ import numpy as np
 
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.stages.sample import trained_system
 from dig_scale.system import Frames, System
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def interpolate_stage(asked: Asked, out: Path) -> Found:
     from dig_scale.outputs.ensembles import write_ensemble_folder
     from dig_scale.sampling.interpolation import PathSettings, Way
     from dig_scale.serving.served import best_device, build_bench, load_served_model
-    from dig_scale.stages import trained_system
 
     with stage("interpolate") as report:
         model = load_served_model(asked.checkpoint, best_device())

@@ -11,11 +11,11 @@ import pytest
 from dig_shards import ShardReader, TrajectoryWriter
 from dig_shards.manifest import TRAIN, VALIDATION, load_manifest
 
-from dig_scale.ablation import Ablation, Row, arms_of, gain_of, lines_of, write_table
 from dig_scale.config import Recipe
 from dig_scale.errors import UserError
 from dig_scale.recipe_files import load_recipe, parse_recipe
 from dig_scale.records import FORCES, POSITIONS, field_specs, trajectory_attributes
+from dig_scale.stages.ablate import Ablation, Row, arms_of, gain_of, lines_of, write_table
 from tests.molecules import alanine_dipeptide_heavy
 
 FRAMES = 30

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dig_scale.config import Recipe, Simulate
-from dig_scale.density_sources import Source, structures_of
 from dig_scale.ensemble import BOLTZMANN, FILE_NAME, STEERED, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.stages.density_sources import Source, structures_of
 from dig_scale.system import System
 
 if TYPE_CHECKING:

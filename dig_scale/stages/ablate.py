@@ -21,11 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dig_shards.durable import replace_durably
 from dig_shards.manifest import TRAIN, load_manifest
 
 from dig_scale import records
 from dig_scale.config import Ablate, Pack, PhysicsInformed, Recipe, Train
 from dig_scale.errors import UserError
+from dig_scale.stages.data import evenly_spread, simulate_stage
+from dig_scale.stages.evaluate import evaluate_stage
+from dig_scale.stages.sample import sample_stage, shared_out
+from dig_scale.stages.train import train_stage
 from dig_scale.system import Frames
 
 JSON_NAME, CSV_NAME = "ablation.json", "ablation.csv"
@@ -79,7 +84,6 @@ def ablate_stage(recipe: Recipe, out: Path) -> Ablation:
 
     Raises UserError for a recipe without the sections it takes, or whose trajectories are all at the target temperature.
     """
-    from dig_scale.stages import simulate_stage
 
     settings, _, _ = _required(recipe)
     trajectories = out / "trajectories"
@@ -172,7 +176,6 @@ def _hot_candidates(recipe: Recipe, trajectories: Path, target: float, out: Path
 def _drawn(recipe: Recipe, trajectories: Path, kelvin: float, number: int, out: Path) -> Path:
     """A dataset of `number` frames at a temperature, evenly spread over the trajectories; none are kept for validation."""
     from dig_scale.importers.stores import write_store
-    from dig_scale.stages import evenly_spread
 
     paths = [
         path
@@ -214,13 +217,12 @@ def _budgeted(arms: Sequence[Arm], settings: Ablate, out: Path) -> list[Arm]:
     for arm in arms:
         if arm.name not in plan:
             plan[arm.name] = max(1, int(settings.seconds / _seconds_per_step(arm)))
-            path.write_text(json.dumps(plan, indent=1))
+            replace_durably(path, json.dumps(plan, indent=1).encode())
     return [_with_steps(arm, plan[arm.name]) for arm in arms]
 
 
 def _seconds_per_step(arm: Arm) -> float:
     """Median time of the later half of a short training."""
-    from dig_scale.stages import train_stage
     from dig_scale.training.metrics import read_metrics
 
     folder, every = arm.folder / "timing", {"log_every": _TIMED_STEPS // 2, "checkpoint_every": _TIMED_STEPS}
@@ -242,7 +244,6 @@ def _with_train(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def _judged(arm: Arm, trajectories: Path) -> tuple[Row, str]:
     """Train, sample and compare one of them: its row, and what its divergence is about."""
-    from dig_scale.stages import evaluate_stage, sample_stage, shared_out, train_stage
 
     assert arm.recipe.train is not None
     model, drawn, report = (arm.folder / name for name in ("model", "ensemble", "report"))
@@ -272,7 +273,7 @@ def gain_of(rows: Sequence[Row]) -> float | None:
 
 def write_table(table: Ablation, out: Path) -> None:
     """ablation.json and ablation.csv in the folder `out`."""
-    (out / JSON_NAME).write_text(json.dumps(asdict(table), indent=1))
+    replace_durably(out / JSON_NAME, json.dumps(asdict(table), indent=1).encode())
     with (out / CSV_NAME).open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [one.name for one in fields(Row)])
         writer.writeheader()

@@ -15,6 +15,8 @@ import numpy as np
 from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.records import CELL, POSITIONS, ROTATIONS
+from dig_scale.stages.data import evenly_spread
+from dig_scale.stages.sample import trained_system
 from dig_scale.system import Frames, System
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ class Source:
 
 def structures_of(source: Source, checkpoint: Path, model: ServedModel) -> Ensemble:
     """The structures of a source; raises UserError naming what does not fit the model."""
-    from dig_scale.stages import evenly_spread, trained_system
 
     path = source.path
     if path.suffix == ".npz" or (path / FILE_NAME).is_file():
