@@ -1,0 +1,227 @@
+"""Alanine dipeptide with all 22 atoms by the `full` recipe: densities, weights, guidance, a path, cost; and the `pidp` ablation.
+
+What the recipe trained is read from the folder of finished runs, where `benchmarks/walk.py` leaves it too; everything else is
+made by the commands that a user would type.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rows import Row, at_least, at_most, note
+from benchmarks.walk import dig_scale, timed
+from dig_scale.ensemble import Ensemble, read_ensemble
+from dig_scale.evaluation.validity import BOND, STEREO, Validity, validity
+
+PHI, PSI = "dihedral:4,6,8,14", "dihedral:6,8,14,16"
+LEFT, RIGHT = f"left:{PHI}:-180:0", f"right:{PHI}:0:180"
+HELD_OUT, DRAWN = 2_000, 2_000
+WINDOW = (120.0, 180.0)
+"""Degrees of psi that guided samples are asked for."""
+C7_EQUATORIAL, C7_AXIAL = (-80.0, 75.0), (70.0, -60.0)
+"""phi and psi in degrees."""
+COSTED = 32
+STEPS = 60
+
+
+def density_rows(runs: Path) -> list[Row]:
+    """log p of held-out frames against the energy; weights of the model's samples and what they do to a free energy."""
+    model = _model(runs)
+    held_out, drawn = model.parent / "density-held-out", model.parent / "density-samples"
+    common = ("--model", model, "--energy", "--divergence", "exact")
+    dig_scale("density", model.parent / "dataset", *common, "--num", HELD_OUT, "--out", held_out)
+    samples = model.parent / "ode"
+    dig_scale("sample", model, "--solver", "heun", "--steps", STEPS, "--num", DRAWN, "--out", samples)
+    dig_scale("density", samples, *common, "--out", drawn)
+    dig_scale("reweight", drawn, "--state", LEFT, "--state", RIGHT)
+    report = model.parent / "density-report"
+    dig_scale("evaluate", drawn, "--reference", model.parent / "trajectories", "--out", report)
+    physics = json.loads((report / "report.json").read_text())["physics"]
+    return [*_agreement_rows(held_out), *_weight_rows(physics)]
+
+
+def _agreement_rows(held_out: Path) -> list[Row]:
+    from dig_scale.evaluation.weights import agreement
+
+    found = agreement(read_ensemble(held_out))
+    assert found is not None
+    return [
+        at_least(f"ala2: log p against -u of {found.samples} held-out frames, Pearson r", found.pearson, "", 0.8),
+        note("ala2: held-out frames, standard deviation of -u - log p", found.standard_deviation, "nat"),
+    ]
+
+
+def _weight_rows(physics: dict[str, Any]) -> list[Row]:
+    weights, difference = physics["weights"], physics["states"]["differences"][0]
+    md, reweighted, sampled = difference["md"], difference["reweighted"], difference["sampled"]
+    off = [abs(one["value"] - md["value"]) for one in (reweighted, sampled)]
+    return [
+        at_least(f"ala2: ESS of {weights['samples']} raw samples", 100 * weights["fraction"], "%", 5),
+        note("ala2: Pareto k", weights["pareto_k"]),
+        note("ala2: log Z", weights["log_z"]["value"], "nat"),
+        note("ala2: free energy of phi >= 0 over phi < 0, replica-exchange MD", md["value"], "kT"),
+        note("ala2: its error", md["error"], "kT"),
+        note("ala2: the same of samples as drawn", sampled["value"], "kT"),
+        note("ala2: the same reweighted", reweighted["value"], "kT"),
+        note("ala2: error of the reweighted one", reweighted["error"], "kT"),
+        note("ala2: as drawn, off MD by", off[1], "kT"),
+        at_most("ala2: reweighted, off MD by", off[0], "kT", 0.25),
+    ]
+
+
+def guidance_rows(runs: Path) -> list[Row]:
+    """Samples asked for a window of psi, judged by the window, and by geometry that no guide saw."""
+    model = _model(runs)
+    guided, free = model.parent / "guided", model.parent / "unguided"
+    low, high = WINDOW
+    dig_scale("sample", model, "--guide", PSI, "--guide-window", low, high, "--num", 1_000, "--out", guided)
+    dig_scale("sample", model, "--num", 1_000, "--out", free)
+    ensembles = {"guided": read_ensemble(guided), "unguided": read_ensemble(free)}
+    inside = {name: 100 * float(_in_window(one).mean()) for name, one in ensembles.items()}
+    sound = {name: validity(one) for name, one in ensembles.items()}
+    rows = [
+        note(f"ala2: unguided samples with psi in {low:g} to {high:g}", inside["unguided"], "%"),
+        at_least(f"ala2: guided samples with psi in {low:g} to {high:g}", inside["guided"], "%", 80),
+    ]
+    for reason, words in ((STEREO, "of right chirality"), (BOND, "with whole bonds")):
+        share = {name: 100 * (1 - _failing(one, reason)) for name, one in sound.items()}
+        rows.append(note(f"ala2: unguided samples {words}", share["unguided"], "%"))
+        rows.append(note(f"ala2: guided samples {words}", share["guided"], "%"))
+        lost = share["unguided"] - share["guided"]
+        rows.append(at_most(f"ala2: points of samples {words} lost by guidance", lost, "%", 2))
+    return rows
+
+
+def _in_window(ensemble: Ensemble) -> np.ndarray:
+    from dig_scale.evaluation.states import state_masks
+    from dig_scale.sampling.from_settings import states_from
+
+    name = "window"
+    return np.asarray(state_masks(states_from([f"{name}:{PSI}:{WINDOW[0]}:{WINDOW[1]}"]), ensemble)[name])
+
+
+def _failing(found: Validity, reason: str) -> float:
+    return float(found.failed[reason].mean()) if reason in found.failed else 0.0
+
+
+def path_rows(runs: Path) -> list[Row]:
+    """From C7eq to C7ax, both of them frames of the MD that the model was not shown."""
+    from dig_scale.outputs.molecules import write_pdb
+
+    model = _model(runs)
+    out = model.parent / "path"
+    out.mkdir(exist_ok=True)
+    frames = _held_out_frames(model)
+    ends = [out / "c7eq.pdb", out / "c7ax.pdb"]
+    for path, place in zip(ends, (C7_EQUATORIAL, C7_AXIAL), strict=True):
+        write_pdb(path, frames.system, frames.positions[[_nearest(frames, place)]])
+    dig_scale("interpolate", *ends, "--model", model, "--frames", 41, "--out", out / "frames")
+    found = read_ensemble(out / "frames")
+    ends_off = [
+        _rmsd(found.positions[frame], frames.positions[_nearest(frames, place)])
+        for frame, place in ((0, C7_EQUATORIAL), (-1, C7_AXIAL))
+    ]
+    broken = _failing(validity(found), BOND) * found.n_samples
+    return [
+        at_most("ala2: C7eq to C7ax, larger RMSD of an end to its input", max(ends_off), "Å", 0.1),
+        note("ala2: C7eq to C7ax, frames", float(found.n_samples)),
+        at_most("ala2: C7eq to C7ax, frames with a broken bond", broken, "", 0),
+    ]
+
+
+def _held_out_frames(model: Path) -> Ensemble:
+    """Held-out frames of the dataset as an ensemble."""
+    import torch
+
+    from dig_scale.serving.served import load_served_model
+    from dig_scale.stages.density_sources import Source, structures_of
+
+    return structures_of(Source(model.parent / "dataset"), model, load_served_model(model, torch.device("cpu")))
+
+
+def _nearest(frames: Ensemble, place: tuple[float, float]) -> int:
+    """The frame whose phi and psi are nearest to a place, in degrees."""
+    off = [_around(_torsion(frames, prop) - at) for prop, at in zip((PHI, PSI), place, strict=True)]
+    return int(np.argmin(np.hypot(*off)))
+
+
+def _torsion(frames: Ensemble, prop: str) -> np.ndarray:
+    import mdtraj
+
+    sites = [int(site) for site in prop.partition(":")[2].split(",")]
+    trajectory = mdtraj.Trajectory(frames.positions / 10, None)
+    return np.degrees(mdtraj.compute_dihedrals(trajectory, [sites])[:, 0])
+
+
+def _around(degrees: np.ndarray) -> np.ndarray:
+    return (degrees + 180) % 360 - 180
+
+
+def _rmsd(one: np.ndarray, two: np.ndarray) -> float:
+    """Å, superposed."""
+    import mdtraj
+
+    pair = mdtraj.Trajectory(np.stack([one, two]) / 10, None)
+    return float(10 * mdtraj.rmsd(pair, pair, 1)[0])
+
+
+def cost_rows(runs: Path) -> list[Row]:
+    """Seconds and network calls of exact log-densities, a frame at a time and batched, in one process."""
+    model = _model(runs)
+    frames = _held_out_frames(model).take(np.arange(COSTED))
+    alone = _cost(model, frames.take(np.arange(2)), 1)
+    batched = _cost(model, frames, COSTED)
+    return [
+        note("ala2: exact log-density, a frame at a time", alone.seconds, "s/frame"),
+        note(f"ala2: exact log-density, {COSTED} frames at a time", batched.seconds, "s/frame"),
+        note("ala2: calls of the network for a frame alone, each with all directions of the trace", alone.calls),
+        at_least("ala2: batched over one at a time", alone.seconds / batched.seconds, "x", 5),
+    ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall seconds and network calls per frame."""
+
+    seconds: float
+    calls: float
+
+
+def _cost(model: Path, frames: Ensemble, batch: int) -> Cost:
+    import torch
+
+    from dig_scale.sampling.likelihood import Exact, LikelihoodSettings, log_density
+    from dig_scale.serving.served import best_device, build_bench, load_served_model
+
+    bench = build_bench(load_served_model(model, best_device()), frames.system)
+    places = torch.as_tensor(frames.positions, device=bench.context.present.device)
+    settings, calls = LikelihoodSettings(divergence=Exact()), 0
+    begin = time.perf_counter()
+    for first in range(0, len(places), batch):
+        state = bench.composition.state({"positions": places[first : first + batch]}, bench.context)
+        calls += log_density(bench.score_fn, bench.composition, state, bench.context, settings).evaluations
+    return Cost((time.perf_counter() - begin) / len(places), calls / len(places))
+
+
+def ablation_rows(runs: Path) -> list[Row]:
+    """200 frames, their energy, and both, at equal training time."""
+    out = runs / "pidp"
+    minutes = timed(runs / "pidp.json", lambda: dig_scale("ablate", "pidp", "--out", out))
+    table = json.loads((out / "ablation.json").read_text())
+    rows = [note("PIDP on alanine dipeptide: simulation and three trainings", minutes, "min")]
+    for one in table["rows"]:
+        rows.append(note(f"PIDP on alanine dipeptide: JS(phi, psi), {one['training']}", one["divergence"], "nat"))
+    return [*rows, at_least("PIDP on alanine dipeptide: JS lowered by the energy", 100 * table["gain"], "%", 30)]
+
+
+def _model(runs: Path) -> Path:
+    """The model of the full recipe, trained where it is not there."""
+    out = runs / "full"
+    timed(runs / "full.json", lambda: dig_scale("run", "full", "--out", out))
+    return out / "model"
