@@ -1,5 +1,5 @@
 """AlphaFold2's single and pair representations of a protein, from files; what published protein networks are given, and what
-networks of one's own may be given (`represented`), a language model's embedding and a template's distances among them.
+networks of one's own may be given (`represented`), a language model's embedding and a template's geometry among them.
 
 In: `.npz` with `single` [N, 384] and `pair` [N, N, 128]; `.pkl` of AlphaFold2 or DiG, the same keys at the top or under
 `representations`; or BioEmu's cache, `<name>_single.npy` with `<name>_pair.npy` beside it. Out: float32 arrays. Pickles are
@@ -65,7 +65,8 @@ def represented(system: System, source: str) -> System:
 
         path = Path(source.removeprefix(TEMPLATE))
         origin = _origin(system, TEMPLATE + path.name)
-        return replace(system, site_features=None, pair_features=template_features(system, path), origin=origin)
+        found = template_features(system, path)
+        return replace(system, site_features=found.site, pair_features=found.pair, origin=origin)
     read = read_representation(Path(source))
     if read.residues != system.n_sites:
         raise UserError(

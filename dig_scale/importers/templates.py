@@ -1,12 +1,14 @@
-"""A known structure of a protein as pair features: Gaussians of its C-alpha distances, as AlphaFold bins a template's.
+"""A known structure of a protein as features: of pairs Gaussians of C-alpha distances, as AlphaFold bins a template's, and of
+residues where they lie in it and how they are turned.
 
-In: a protein and a file of coordinates. Out: features of every pair that the structure has; 0 where a residue is missing
-there or is another. They say what is near what and nothing of handedness or place, so that a model still has to fold the
-chain. Chains are taken in their order, residues by sequence alignment (gemmi), so that numbering does not matter.
+In: a protein and a file of coordinates. Out: features of every residue and pair that the structure has; 0 where a residue is
+missing there or is another. Places are along the structure's principal axes about its centre, so that it does not matter how
+it lay in its file. Chains are taken in their order, residues by sequence alignment (gemmi), so numbering does not matter.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,23 @@ from dig_scale.system import System
 
 CENTRES = np.arange(4.0, 52.0, 2.0)
 """Å; of Gaussians as wide as they lie apart."""
+WAVELENGTHS = np.array([320.0, 160.0, 80.0, 40.0, 20.0])
+"""Å; of the sines and cosines that tell places."""
+SITE_FEATURES, PAIR_FEATURES = 6 * len(WAVELENGTHS) + 9, len(CENTRES)
 LEAST_IDENTITY = 0.5
 """Share of the protein's residues that a template must have."""
 
 
-def template_features(system: System, path: Path) -> np.ndarray:
-    """[N, N, 24] float32 from the first model of a PDB or mmCIF file.
+@dataclass(frozen=True)
+class TemplateFeatures:
+    """site [N, 39]: waves of the three coordinates, then the frame's nine; pair [N, N, 24]: Gaussians of distances. float32."""
+
+    site: np.ndarray
+    pair: np.ndarray
+
+
+def template_features(system: System, path: Path) -> TemplateFeatures:
+    """Features from the first model of a PDB or mmCIF file.
 
     Raises UserError naming the file where it has fewer than half of the system's residues.
     """
@@ -34,12 +47,36 @@ def template_features(system: System, path: Path) -> np.ndarray:
             f"{path}: {len(there)} of the {system.n_sites} residues of system {system.name!r} align with it; a template "
             "needs half of them, in chains of the same order"
         )
-    positions = frames.positions[0][rows[there]]
+    assert frames.rotations is not None
+    positions, rotations = frames.positions[0], frames.rotations[0]
+    axes = _principal_axes(positions)
+    site = np.zeros((system.n_sites, SITE_FEATURES), np.float32)
+    site[there] = np.concatenate(
+        [_waves((positions - positions.mean(0)) @ axes), (axes.T @ rotations).reshape(len(rotations), 9)], axis=1
+    )[rows[there]]
+    pair = np.zeros((system.n_sites, system.n_sites, PAIR_FEATURES), np.float32)
+    pair[np.ix_(there, there)] = _gaussians(positions[rows[there]])
+    return TemplateFeatures(site, pair)
+
+
+def _gaussians(positions: np.ndarray) -> np.ndarray:
     distance = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-    width = CENTRES[1] - CENTRES[0]
-    features = np.zeros((system.n_sites, system.n_sites, len(CENTRES)), np.float32)
-    features[np.ix_(there, there)] = np.exp(-0.5 * ((distance[..., None] - CENTRES) / width) ** 2)
-    return features
+    return np.asarray(np.exp(-0.5 * ((distance[..., None] - CENTRES) / (CENTRES[1] - CENTRES[0])) ** 2))
+
+
+def _waves(places: np.ndarray) -> np.ndarray:
+    """Sines and cosines [N, 30] of coordinates [N, 3] in Å."""
+    angle = 2 * np.pi * places[..., None] / WAVELENGTHS
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).reshape(len(places), -1)
+
+
+def _principal_axes(positions: np.ndarray) -> np.ndarray:
+    """Axes [3, 3] in columns, right-handed, longest first; the first two point to where positions reach out further."""
+    centred = positions - positions.mean(0)
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1]
+    heavier = np.sign(((centred @ axes) ** 3).sum(0))
+    axes = axes * np.where(heavier == 0, 1.0, heavier)
+    return np.stack([axes[:, 0], axes[:, 1], np.cross(axes[:, 0], axes[:, 1])], axis=1)
 
 
 def _rows(system: System, template: System) -> np.ndarray:
