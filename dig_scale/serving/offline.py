@@ -79,8 +79,8 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
 
 
 def wanted_properties(settings: Sample) -> Wanted:
-    """The properties that these settings ask for."""
-    return Wanted(settings.conditions, settings.guidance)
+    """The properties that these settings ask for; a recipe's guidance waits for a wish."""
+    return Wanted(settings.conditions, settings.guidance if settings.conditions else 1.0)
 
 
 @dataclass(frozen=True)
