@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from dig_shards import ShardReader
+from dig_shards.manifest import VALIDATION
 
 from benchmarks.walk import dig_scale, timed
 from dig_scale.ensemble import read_ensemble

@@ -1,5 +1,5 @@
-"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | density | reweight | interpolate |
-serve | request | evaluate, and import-weights, relabel, recipes, describe.
+"""The command line: dig-scale run | simulate | import | pack | verify | train | sample | density | combine | reweight |
+interpolate | serve | request | evaluate, and import-weights, relabel, recipes, describe.
 
 Every command is a thin door to dig_scale.stages and the packages below. Bad input ends in one line with the next step.
 """
@@ -123,18 +123,20 @@ def train(
         Path | None, typer.Argument(help="Folder of a packed dataset (default: runs/RECIPE/dataset).")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Training folder (default: runs/RECIPE/model); carried on if there.")
+        Path | None,
+        typer.Option("--out", help="Training folder (default: runs/RECIPE/model, or predictor); carried on if there."),
     ] = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; cores or GPUs when absent.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a score model with DeepSpeed on this machine (torchrun, Slurm, Ray: see launch/)."""
+    """Train a score model, or with [predict] a predictor, with DeepSpeed on this machine (torchrun, Slurm, Ray: see launch/)."""
     from dig_scale.stages.train import train_stage
 
     chosen = load_recipe(recipe, overrides or [])
     folders = default_folders(chosen.name)
-    train_stage(chosen, dataset or folders.dataset, out or folders.model, ranks)
-    typer.echo(f"model: {out or folders.model}")
+    target = out or (folders.predictor if chosen.predict else folders.model)
+    train_stage(chosen, dataset or folders.dataset, target, ranks)
+    typer.echo(f"model: {target}")
 
 
 @app.command()
@@ -241,6 +243,8 @@ def sample(
     given |= cli_properties.with_wishes(defaults, guides, steers)
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = _sample_settings(defaults.model_dump() | chosen)
+    if guidance not in (None, 1.0) and not settings.conditions:
+        raise UserError(f"--guidance {guidance:g} towards nothing: ask for a property with --condition NAME=VALUE")
     if valid is not None and settings.steer is not None:
         raise UserError(
             "--valid draws until there are enough, and steered samples come in whole populations: give --num"

@@ -1,4 +1,4 @@
-"""The commands that ask a model about physics: interpolate, ablate, density, reweight; part of dig_scale.cli.
+"""The commands that ask a model about physics: interpolate, ablate, density, combine, reweight; part of dig_scale.cli.
 
 In: checkpoints, structures and ensembles. Out: folders that other tools read.
 """
@@ -136,6 +136,22 @@ def _energies(recipe: str | None, prepared: Path | None, overrides: list[str]) -
         refuse({"set": overrides or None}, "changes a recipe: give one with --recipe")
         return Energies(None, prepared)
     return Energies(load_recipe(recipe, overrides), prepared)
+
+
+@physics.command()
+def combine(
+    windows: Annotated[
+        list[Path], typer.Argument(metavar="WINDOW...", help="Ensembles of one system and model, steered or not.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the one ensemble that they become.")],
+) -> None:
+    """Combine umbrella windows and unsteered samples by MBAR, with weights towards the model's own distribution."""
+    from dig_scale.stages.combine import combine_stage
+
+    found = combine_stage(windows, out)
+    for line in found.words:
+        typer.echo(line)
+    typer.echo(f"{found.ensemble.n_samples} samples of {found.ensemble.system.name}: {out}")
 
 
 @physics.command()

@@ -22,7 +22,11 @@ States = Annotated[
     ),
 ]
 Guide = Annotated[
-    str | None, typer.Option(metavar="PROPERTY", help="As in dihedral:4,6,8,14; with --guide-target or --guide-window.")
+    str | None,
+    typer.Option(
+        metavar="PROPERTY",
+        help="As in dihedral:4,6,8,14, or predictor:FOLDER; with --guide-target or, of no predictor, --guide-window.",
+    ),
 ]
 GuideTarget = Annotated[float | None, typer.Option(help="Wanted value: degrees, Å, or the property's own unit.")]
 GuideSpread = Annotated[float | None, typer.Option(help="Standard deviation about the target.")]

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dig_scale.config_physics import Ablate, PhysicsInformed
-from dig_scale.config_properties import GuideSpec, SteerSpec
+from dig_scale.config_properties import GuideSpec, Predict, SteerSpec
 from dig_scale.config_section import PositiveFloat, PositiveInt, Section
 
 Facet = Literal["fcc111", "fcc100", "fcc110", "bcc110", "hcp0001"]
 CalculatorName = Literal["emt", "tblite", "pyscf"]
 LANGUAGE_MODEL, TEMPLATE = "esm2:", "template:"
+TEMPLATE_FEATURES = 42
+"""Width of the site features that a template gives."""
 """What the name of a language model and the file of a known structure begin with where a file of representations may stand."""
 
 
@@ -238,8 +240,24 @@ class Model(Section):
     language model; 0 reads none, and needs none."""
     pair_features: int = Field(default=0, ge=0)
     """The same of pairs of sites: 128 of AlphaFold2's pair representation."""
+    superposed_template: bool = False
+    """Residues: whether a template (`template:FILE`, 42 site features) is also laid on the noised chain, so that every residue is
+    shown its place there; worth it where samples are variants of a known fold."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """`auto`: fused kernels on a GPU, their fast form on a CPU; `reference`: plain PyTorch from the formulas."""
+
+    @property
+    def guide_vectors(self) -> int:
+        """Vectors that every site brings of its own."""
+        return 2 * self.superposed_template + (self.sites == "anchored")
+
+    @model_validator(mode="after")
+    def _template_is_of_residues(self) -> Model:
+        if self.superposed_template and (self.sites != "residues" or self.site_features != TEMPLATE_FEATURES):
+            raise ValueError(
+                f"superposed_template is for sites = 'residues' with site_features = {TEMPLATE_FEATURES}, those of template:FILE"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Model:
@@ -364,6 +382,7 @@ class Recipe(Section):
     model: Model = Model()
     diffusion: Diffusion = Diffusion()
     train: Train | None = None
+    predict: Predict | None = None
     sample: Sample = Sample()
     serve: Serve = Serve()
     evaluate: Evaluate = Evaluate()
@@ -381,4 +400,6 @@ class Recipe(Section):
             raise ValueError(
                 "simulate.walkers must be 1 with simulate.replica_exchange, whose temperatures are its walkers"
             )
+        if self.predict and (self.ablate or (self.train and self.train.physics_informed)):
+            raise ValueError("[predict] trains no score model, which train.physics_informed and [ablate] are about")
         return self

@@ -20,8 +20,10 @@ from dig_scale.system import System
 
 FORMAT_VERSION = 1
 FILE_NAME = "ensemble.npz"
-BOLTZMANN, STEERED = "boltzmann", "steered"
-_OPTIONAL = ("log_density", "log_density_error", "energy", "log_weights", "bias", "rotations", "cell")
+BOLTZMANN, STEERED, MODEL = "boltzmann", "steered", "model"
+WINDOWS = "windows"
+"""In the provenance: the ensembles that this one was combined of."""
+_OPTIONAL = ("log_density", "log_density_error", "energy", "log_weights", "bias", "rotations", "cell", "replicates")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Ensemble:
     seconds.
 
     log_weights are towards what provenance["log_weights"] says: BOLTZMANN, exp(-u), or STEERED, what was sampled without
-    steering tilted by exp(-bias), with bias [S] nat of every sample.
+    steering tilted by exp(-bias), with bias [S] nat of every sample, or MODEL, what is sampled without steering, from combined
+    windows. replicates [S, R] are factors on the weights in each replicate of a bootstrap over independent populations; where
+    they are there, errors of reweighted numbers come from them.
     """
 
     system: System
@@ -48,6 +52,7 @@ class Ensemble:
     bias: np.ndarray | None = None
     rotations: np.ndarray | None = None
     cell: np.ndarray | None = None
+    replicates: np.ndarray | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,12 +73,17 @@ class Ensemble:
 
     @property
     def log_weights_towards(self) -> str | None:
-        """BOLTZMANN or STEERED; None where there are no log_weights."""
+        """BOLTZMANN, STEERED or MODEL; None where there are no log_weights."""
         return None if self.log_weights is None else str(self.provenance.get("log_weights", BOLTZMANN))
 
     @property
+    def is_tilted(self) -> bool:
+        """Whether the samples lie elsewhere than those of the model as it is: steered, or combined windows."""
+        return self.bias is not None or WINDOWS in self.provenance
+
+    @property
     def correcting_log_weights(self) -> np.ndarray | None:
-        """log-weights [S] that correct averages: towards exp(-u), or from a steered ensemble to what is sampled without."""
+        """log-weights [S] that correct averages: towards exp(-u), or back to what is sampled without steering."""
         if self.log_weights is None or self.bias is None or self.log_weights_towards != STEERED:
             return self.log_weights
         return np.asarray(self.log_weights + self.bias)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dig_scale.config import LANGUAGE_MODEL, TEMPLATE, Recipe
+from dig_scale.config_properties import PREDICTOR
 from dig_scale.errors import RecipeError
 
 
@@ -92,7 +93,17 @@ def _anchor_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(train, dict) and "physics_informed" in train:
         candidates = _anchored_entry(train["physics_informed"], ("candidates",), folder)
         anchored["train"] = train | {"physics_informed": candidates}
+    sample = anchored.get("sample")
+    if isinstance(sample, dict) and "guide" in sample:
+        anchored["sample"] = sample | {"guide": _anchored_predictor(sample["guide"], folder)}
     return anchored
+
+
+def _anchored_predictor(guide: Any, folder: Path) -> Any:
+    named = guide.get("property") if isinstance(guide, dict) else None
+    if not isinstance(named, str) or not named.startswith(PREDICTOR):
+        return guide
+    return guide | {"property": PREDICTOR + _anchored(named.removeprefix(PREDICTOR), folder)}
 
 
 def _anchored_representations(entry: Any, folder: Path) -> Any:

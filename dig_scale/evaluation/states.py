@@ -72,7 +72,7 @@ class StateTable:
 def state_table(states: Sequence[State], ensemble: Ensemble) -> StateTable:
     """Populations of states and their differences, over the usable samples; raises UserError for sites that are not there."""
     kept = ensemble.take(usable(ensemble))
-    masks, log_weights = state_masks(states, kept), kept.correcting_log_weights
+    masks, weights = state_masks(states, kept), _weights_of(kept)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     rows = tuple(
         StateRow(
@@ -80,12 +80,12 @@ def state_table(states: Sequence[State], ensemble: Ensemble) -> StateTable:
             state.definition,
             counts[state.name],
             estimate_with(reweighting.weighted_average(masks[state.name].astype(float), None, _SEED)),
-            _reweighted_population(masks[state.name], log_weights),
+            _reweighted_population(masks[state.name], weights),
         )
         for state in states
     )
     pairs = combinations(masks, 2)
-    return StateTable(rows, tuple(_difference(first, second, masks, log_weights) for first, second in pairs))
+    return StateTable(rows, tuple(_difference(first, second, masks, weights) for first, second in pairs))
 
 
 def with_reference(table: StateTable, states: Sequence[State], frames: Ensemble, resampling: Resampling) -> StateTable:
@@ -123,30 +123,46 @@ def state_masks(states: Sequence[State], ensemble: Ensemble) -> Mapping[str, np.
     return masks
 
 
-def _difference(first: str, second: str, masks: Mapping[str, np.ndarray], log_weights: np.ndarray | None) -> Difference:
+@dataclass(frozen=True)
+class _Weights:
+    """What reweighted numbers take: log_weights [S], and factors on the weights [S, R] where errors come from them."""
+
+    log: np.ndarray
+    replicates: np.ndarray | None
+
+
+def _weights_of(ensemble: Ensemble) -> _Weights | None:
+    found = ensemble.correcting_log_weights
+    return None if found is None else _Weights(found, ensemble.replicates)
+
+
+def _difference(first: str, second: str, masks: Mapping[str, np.ndarray], weights: _Weights | None) -> Difference:
     sampled = _free_energy(masks[first], masks[second], None) or Estimate(None)
-    if log_weights is None:
+    if weights is None:
         return Difference(first, second, sampled, None)
-    found = _free_energy(masks[first], masks[second], log_weights) or Estimate(None)
-    return Difference(first, second, sampled, _with_ess(found, log_weights))
+    found = _free_energy(masks[first], masks[second], weights) or Estimate(None)
+    return Difference(first, second, sampled, _with_ess(found, weights))
 
 
-def _free_energy(first: np.ndarray, second: np.ndarray, log_weights: np.ndarray | None) -> Estimate | None:
-    weights = np.ones(len(first)) if log_weights is None else np.isfinite(log_weights)
-    if not (weights * first).any() or not (weights * second).any():
+def _free_energy(first: np.ndarray, second: np.ndarray, weights: _Weights | None) -> Estimate | None:
+    counted = np.ones(len(first)) if weights is None else np.isfinite(weights.log)
+    if not (counted * first).any() or not (counted * second).any():
         return None
-    return estimate_with(reweighting.free_energy_difference(first, second, log_weights, _SEED))
+    log, replicates = (None, None) if weights is None else (weights.log, weights.replicates)
+    return estimate_with(reweighting.free_energy_difference(first, second, log, _SEED, replicates))
 
 
-def _reweighted_population(mask: np.ndarray, log_weights: np.ndarray | None) -> Reweighted | None:
-    if log_weights is None:
+def _reweighted_population(mask: np.ndarray, weights: _Weights | None) -> Reweighted | None:
+    if weights is None:
         return None
-    return _with_ess(estimate_with(reweighting.weighted_average(mask.astype(float), log_weights, _SEED)), log_weights)
+    values = mask.astype(float)
+    found = reweighting.weighted_average(values, weights.log, _SEED, weights.replicates)
+    return _with_ess(estimate_with(found), weights)
 
 
-def _with_ess(found: Estimate, log_weights: np.ndarray) -> Reweighted:
-    effective = reweighting.effective_sample_size(log_weights)
-    return Reweighted(found.value, found.error, effective, effective / len(log_weights))
+def _with_ess(found: Estimate, weights: _Weights) -> Reweighted:
+    effective = reweighting.effective_sample_size(weights.log)
+    return Reweighted(found.value, found.error, effective, effective / len(weights.log))
 
 
 def _replicates(mask: np.ndarray, resampling: Resampling) -> np.ndarray:

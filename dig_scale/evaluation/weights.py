@@ -23,7 +23,7 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of S samples towards `towards` (ensemble.BOLTZMANN, or STEERED: back to sampling without steering).
+    """Weights of S samples towards `towards` (ensemble.BOLTZMANN, or STEERED, MODEL: back to sampling without steering).
 
     effective_samples and fraction are Kish's, pareto_k the tail's shape (None: not known), in_words what to say of them.
     log_z in nat, entropies in k_B, of the Boltzmann distribution and of the model; None where energies or densities are missing.
@@ -89,8 +89,8 @@ def diagnosed(ensemble: Ensemble) -> Weights:
         pareto_k=found.pareto_k if np.isfinite(found.pareto_k) else None,
         trusted="yes" if reweighting.is_trusted(found) else "no",
         verdict=reweighting.verdict(found),
-        log_z=estimate_with(reweighting.log_partition(own, _SEED)) if towards == BOLTZMANN else None,
-        entropy=None if energy is None else estimate_with(reweighting.entropy(energy, own, _SEED)),
+        log_z=estimate_with(reweighting.log_partition(own, _SEED, kept.replicates)) if towards == BOLTZMANN else None,
+        entropy=None if energy is None else estimate_with(reweighting.entropy(energy, own, _SEED, kept.replicates)),
         sampled_entropy=_sampled_entropy(kept),
         log_relative=_log_relative(own),
     )
@@ -129,7 +129,7 @@ def agreement_in_words(ensemble: Ensemble) -> str:
 
 def estimate_with(found: reweighting.Estimate) -> Estimate:
     """A value with its bootstrap error, as reports keep them."""
-    return Estimate(found.value, found.error)
+    return Estimate(found.value, found.error if np.isfinite(found.error) else None)
 
 
 def _reduced_energy(ensemble: Ensemble) -> np.ndarray | None:
@@ -140,7 +140,7 @@ def _reduced_energy(ensemble: Ensemble) -> np.ndarray | None:
 
 
 def _sampled_entropy(ensemble: Ensemble) -> Estimate | None:
-    if ensemble.log_density is None or ensemble.bias is not None or not np.isfinite(ensemble.log_density).all():
+    if ensemble.log_density is None or ensemble.is_tilted or not np.isfinite(ensemble.log_density).all():
         return None
     return estimate_with(reweighting.sampled_entropy(ensemble.log_density, _SEED))
 

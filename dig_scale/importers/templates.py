@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dig_scale.config import TEMPLATE_FEATURES
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import read_backbone
 from dig_scale.system import System
@@ -21,14 +22,16 @@ CENTRES = np.arange(4.0, 52.0, 2.0)
 """Å; of Gaussians as wide as they lie apart."""
 WAVELENGTHS = np.array([320.0, 160.0, 80.0, 40.0, 20.0])
 """Å; of the sines and cosines that tell places."""
-SITE_FEATURES, PAIR_FEATURES = 6 * len(WAVELENGTHS) + 9, len(CENTRES)
+LENGTH = 100.0
+"""Å; unit of the coordinates themselves."""
+PAIR_FEATURES = len(CENTRES)
 LEAST_IDENTITY = 0.5
 """Share of the protein's residues that a template must have."""
 
 
 @dataclass(frozen=True)
 class TemplateFeatures:
-    """site [N, 39]: waves of the three coordinates, then the frame's nine; pair [N, N, 24]: Gaussians of distances. float32."""
+    """float32; site [N, 42]: waves of the three coordinates, the frame's nine, the coordinates; pair [N, N, 24]: of distances."""
 
     site: np.ndarray
     pair: np.ndarray
@@ -50,10 +53,9 @@ def template_features(system: System, path: Path) -> TemplateFeatures:
     assert frames.rotations is not None
     positions, rotations = frames.positions[0], frames.rotations[0]
     axes = _principal_axes(positions)
-    site = np.zeros((system.n_sites, SITE_FEATURES), np.float32)
-    site[there] = np.concatenate(
-        [_waves((positions - positions.mean(0)) @ axes), (axes.T @ rotations).reshape(len(rotations), 9)], axis=1
-    )[rows[there]]
+    places, turns = (positions - positions.mean(0)) @ axes, (axes.T @ rotations).reshape(len(rotations), 9)
+    site = np.zeros((system.n_sites, TEMPLATE_FEATURES), np.float32)
+    site[there] = np.concatenate([_waves(places), turns, places / LENGTH], axis=1)[rows[there]]
     pair = np.zeros((system.n_sites, system.n_sites, PAIR_FEATURES), np.float32)
     pair[np.ix_(there, there)] = _gaussians(positions[rows[there]])
     return TemplateFeatures(site, pair)

@@ -2,8 +2,8 @@
 
 Tensors are named `weights/<parameter>` and `ema/<parameter>`, and `systems/<number>/<field>` where systems have features of
 other networks, which may be larger than a header; the header holds one JSON text under `dig_scale`: format version, step,
-recipe, systems with their numbers of training frames, and training cost. Written atomically. Knows neither DeepSpeed nor how
-training goes on after an interruption (see training.run_folder).
+recipe, systems with their numbers of training frames, training cost, and of predictors what they predict. Written atomically.
+Knows neither DeepSpeed nor how training goes on after an interruption (see training.run_folder).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,10 @@ from torch import Tensor
 
 from dig_scale.config import Recipe
 from dig_scale.errors import UserError
+from dig_scale.model.encoder import Encoder
+from dig_scale.model.predictor import Predictor, network_for
 from dig_scale.model.score_model import ScoreModel
+from dig_scale.predictions import Family, Predicted
 from dig_scale.recipe_files import parse_recipe
 from dig_scale.system import System
 
@@ -44,6 +47,8 @@ class Checkpoint:
     """CPU seconds, wall seconds, ranks, device and steps so far."""
     frames: tuple[int, ...] = ()
     """Training frames of every system; empty where that was not recorded."""
+    predicts: Predicted | None = None
+    """The property that it predicts; None of score models."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
@@ -58,6 +63,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> Path:
         "systems": [replace(one, site_features=None, pair_features=None).to_dict() for one in checkpoint.systems],
         "training_cost": checkpoint.training_cost,
         "frames": list(checkpoint.frames),
+        "predicts": None if checkpoint.predicts is None else asdict(checkpoint.predicts),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -85,12 +91,40 @@ def load_checkpoint(path: Path) -> Checkpoint:
         step=header["step"],
         training_cost=header["training_cost"],
         frames=tuple(header.get("frames", ())),
+        predicts=_predicted(header.get("predicts")),
     )
 
 
 def build_score_model(checkpoint: Checkpoint, weights: Literal["ema", "weights"] = "ema") -> ScoreModel:
-    """The score model in eval mode with the averaged (default) or the last weights; raises UserError if they do not fit."""
-    model = ScoreModel(checkpoint.recipe.model)
+    """The score model in eval mode with the averaged (default) or the last weights.
+
+    Raises UserError if they do not fit, or are a predictor's.
+    """
+    require_score_model(checkpoint)
+    return cast(ScoreModel, _built(checkpoint, weights))
+
+
+def require_score_model(checkpoint: Checkpoint) -> None:
+    """Raises UserError where a checkpoint is a predictor's."""
+    if checkpoint.predicts is not None:
+        raise UserError(
+            f"a checkpoint of recipe {checkpoint.recipe.name!r} that predicts {checkpoint.predicts.property!r} has no score: "
+            "give a score model, and this one to --guide predictor:FOLDER"
+        )
+
+
+def build_predictor(checkpoint: Checkpoint) -> Predictor:
+    """The predictor in eval mode with the averaged weights; raises UserError if they do not fit, or are a score model's."""
+    if checkpoint.predicts is None:
+        raise UserError(
+            f"a checkpoint of recipe {checkpoint.recipe.name!r} is a score model and predicts no property: train a predictor "
+            "with `dig-scale train` and --set predict.property=PROPERTY"
+        )
+    return cast(Predictor, _built(checkpoint, "ema"))
+
+
+def _built(checkpoint: Checkpoint, weights: Literal["ema", "weights"]) -> Encoder:
+    model = network_for(checkpoint.recipe.model, checkpoint.predicts)
     try:
         model.load_state_dict(getattr(checkpoint, weights), strict=True)
     except RuntimeError as error:
@@ -116,6 +150,10 @@ def _features(system: System) -> dict[str, Tensor]:
     """The features of other networks that a system has, in the half precision that they are exact in."""
     found = {"site_features": system.site_features, "pair_features": system.pair_features}
     return {name: torch.from_numpy(values).half() for name, values in found.items() if values is not None}
+
+
+def _predicted(content: dict[str, Any] | None) -> Predicted | None:
+    return None if content is None else Predicted(**{**content, "family": Family(content["family"])})
 
 
 def _system(content: dict[str, Any], number: int, tensors: Mapping[str, Tensor]) -> System:

@@ -24,7 +24,7 @@ from dig_scale.model.pair_operators import Ledgers, PairOperators
 
 @dataclass(frozen=True)
 class Guides:
-    """What sites bring besides pairs: vectors [B, 3, 1, N] of order 1, and frames [B, N, 3, 3] with axes in columns."""
+    """What sites bring besides pairs: vectors [B, 3, G, N] of order 1, and frames [B, N, 3, 3] with axes in columns."""
 
     vector: Tensor | None = None
     frames: Tensor | None = None
@@ -52,7 +52,7 @@ class GeometricFilter(nn.Module):
         super().__init__()
         m, framed = config.vector_channels, config.sites == "residues"
         self.keys = nn.Linear(config.width, m)
-        self.mix = ChannelMix(m + (config.sites == "anchored"), 3 * m)
+        self.mix = ChannelMix(m + config.guide_vectors, 3 * m)
         self.values = nn.Linear(config.width, 3 * m) if framed else None
         self.out = nn.Linear((10 if framed else 4) * m, config.width)
 

@@ -23,11 +23,11 @@ class VectorHead(nn.Module):
 
     def __init__(self, config: Model) -> None:
         super().__init__()
-        m, anchored = config.vector_channels, config.sites == "anchored"
+        m, brought = config.vector_channels, config.guide_vectors
         self.keys = nn.Linear(config.width, m)
-        self.polar = SmallLinear(config.width, m + anchored)
+        self.polar = SmallLinear(config.width, m + brought)
         self.axial = SmallLinear(config.width, m)
-        self.mix = ChannelMix(m + anchored, 2 * m)
+        self.mix = ChannelMix(m + brought, 2 * m)
 
     def forward(self, tokens: Tensor, pairs: PairOperators, guides: Guides, ledgers: Ledgers) -> Tensor:
         """[B, N, 3]."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dig_scale.batch import Context, Geometry
+from dig_scale.config_properties import PREDICTOR
 from dig_scale.errors import UserError
 from dig_scale.sampling.guidance import Property
 
@@ -126,11 +127,20 @@ def property_from(text: str) -> Property:
         raise UserError(f"property {text!r}: expected one such as dihedral:4,6,8,14, or MODULE:FUNCTION")
     if name in _NAMED:
         return _named(name, rest, text)
+    if text.startswith(PREDICTOR):
+        raise UserError(
+            f"property {text!r}: a predictor guides samples (--guide), and is no property of clean structures"
+        )
     found = getattr(_module(name, text), rest, None)
     if not callable(found):
         raise UserError(f"property {text!r}: {name} has no function {rest!r}")
     function: Property = found
     return function
+
+
+def counts_sites(text: str) -> bool:
+    """Whether a property is one of numbered sites, so that it means something of systems with the same sites alone."""
+    return text.partition(":")[0] in _NAMED
 
 
 def require_sites(prop: Property, n_sites: int, system: str) -> None:

@@ -16,8 +16,17 @@ from torch import Tensor
 from dig_scale.batch import Context, Geometry
 from dig_scale.config_properties import GuideSpec, SteerSpec
 from dig_scale.errors import UserError
+from dig_scale.predictions import Predicted, PropertyPredictor
 from dig_scale.sampling.collective_variables import Angle, Dihedral, property_from, require_sites
-from dig_scale.sampling.guidance import Guide, Likelihood, Normal, Property, Window, clean_guide
+from dig_scale.sampling.guidance import (
+    Guide,
+    Likelihood,
+    Normal,
+    Property,
+    Window,
+    clean_guide,
+    predicted_guide,
+)
 from dig_scale.sampling.steering import Steering
 from dig_scale.system import System
 
@@ -59,8 +68,13 @@ class State:
 def guide_from(spec: GuideSpec, system: System) -> Guide:
     """The guide that a recipe asks for; raises UserError for a site that the system does not have."""
     prop = _known(spec.property, system)
-    guide = clean_guide(prop, _likelihood(spec, prop))
-    return replace(guide, scale=spec.scale, clip=spec.clip, start=spec.start, end=spec.end)
+    return _with_settings(clean_guide(prop, _likelihood(spec, prop)), spec)
+
+
+def guide_by(predictor: PropertyPredictor, predicts: Predicted, spec: GuideSpec) -> Guide:
+    """The guide of a predictor that a recipe asks for; the predictor answers in units in which the property is of order 1."""
+    assert spec.target is not None
+    return _with_settings(predicted_guide(predictor, *predicts.wanted(spec.target, spec.spread or 0.0)), spec)
 
 
 def steering_from(spec: SteerSpec, system: System) -> tuple[Property, Steering]:
@@ -92,6 +106,10 @@ def states_from(texts: Sequence[str]) -> tuple[State, ...]:
             raise UserError(f"state {text!r}: a dihedral lies between finite angles in degrees, as in -180:0")
         bounds[name] = (*bounds.get(name, ()), Bounds(parts[0], prop, numbers[0], numbers[1]))
     return tuple(State(name, found) for name, found in bounds.items())
+
+
+def _with_settings(guide: Guide, spec: GuideSpec) -> Guide:
+    return replace(guide, scale=spec.scale, clip=spec.clip, start=spec.start, end=spec.end)
 
 
 def _likelihood(spec: GuideSpec, prop: Property) -> Likelihood:

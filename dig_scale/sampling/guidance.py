@@ -3,7 +3,8 @@
 property_guided, Bayes' rule (Zheng et al. 2023): s(x | c) = s(x) + scale grad log q(c | x_t), where q(c | x_t) is read
 CLEAN   off the clean estimate, log q(c | E[x_0 | x_t]), differentiated through the network (Chung et al. 2023, DPS): any
         property of clean structures will do, and it is an approximation wherever x_t leaves x_0 open;
-NOISED  off the noised structure by a predictor that is told the noise level: exact where the predictor is.
+NOISED  off the noised structure by a predictor that is told the noise level: exact where the predictor is. predicted_guide
+        takes one that answers with a distribution, which is as wide as the noise leaves the property open.
 A gradient is a tangent of the state: of positions, fractional coordinates and lattices the plain one, of rotations that of
 x exp(v) at v = 0; sites that do not move have none, free molecules are not pushed as a whole.
 
@@ -25,6 +26,7 @@ from dig_scale.batch import Context, Geometry, Score, ScoreFn, State, fields_of
 from dig_scale.diffusion.composition import Composition
 from dig_scale.diffusion.euclidean import per_sample
 from dig_scale.errors import UserError
+from dig_scale.predictions import PropertyPredictor
 from dig_scale.sampling.clean_estimate import clean_estimate, geometry_of
 from dig_scale.tree import T, tree_map
 
@@ -81,6 +83,17 @@ def clean_guide(prop: Property, likelihood: Likelihood) -> Guide:
 def noised_guide(predictor: NoisyProperty, likelihood: Likelihood) -> Guide:
     """A guide by a predictor on noised structures; settings by dataclasses.replace."""
     return Guide(lambda geometry, context, level: likelihood(predictor(geometry, context, level)), Seen.NOISED)
+
+
+def predicted_guide(predictor: PropertyPredictor, target: float, spread: float) -> Guide:
+    """A guide towards a value, give or take `spread`, of what a predictor on noised structures tells; settings by
+    dataclasses.replace."""
+
+    def log_likelihood(geometry: Geometry, context: Context, level: Tensor) -> Tensor:
+        wanted = geometry.positions.new_full((len(level),), target)
+        return predictor(geometry, context, level).widened(spread).log_density(wanted)
+
+    return Guide(log_likelihood, Seen.NOISED)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,25 @@
 numpy in, frozen dataclasses out. Energies are reduced (kT), log-weights and log-densities natural logarithms, entropies in
 units of k_B. Weights are log w = -u(x) - log p(x), p the density that drew the samples; their mean is the partition function.
 Error bars are standard deviations over a Bayesian bootstrap (Rubin 1981: samples get exponential weights, so that no
-resample is without a state), which takes samples as independent. No reweighted number should be shown without `verdict`.
+resample is without a state), which takes samples as independent; or over the columns of `replicates` [S, R], factors on the
+weights that a bootstrap over something else has found. No reweighted number should be shown without `verdict`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import logsumexp
 
 from dig_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from pymbar import MBAR
 
 SMALLEST_FRACTION = 0.01
 """Of effective samples, below which weights are not to be trusted."""
@@ -22,6 +29,8 @@ LARGEST_PARETO_K = 0.7
 """Beyond which importance sampling does not converge at any affordable size (Vehtari et al. 2024)."""
 RESAMPLES = 200
 _FEWEST_FOR_TAIL = 25
+_ITERATIONS = 200
+"""Of MBAR, which takes some 10; where states do not overlap more would not help."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,13 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Multistate:
-    """K states from MBAR: differences [K, K] of free energies (row to column, kT) with errors, and normalised log-weights
-    [K, S] of all samples in every state."""
+    """K states from MBAR: differences [K, K] of free energies (row to column, kT) with errors, normalised log-weights
+    [K, S] of all samples in every state, and overlap [K, K], the share of the row's samples that the column might have drawn."""
 
     differences: np.ndarray
     errors: np.ndarray
     log_weights: np.ndarray
+    overlap: np.ndarray
 
 
 def boltzmann_log_weights(reduced_energy: np.ndarray, log_density: np.ndarray) -> np.ndarray:
@@ -138,18 +148,24 @@ def verdict(diagnosis: Diagnosis) -> str:
     return f"{facts}: do not trust reweighted numbers ({'; '.join(reasons)})" if reasons else facts
 
 
-def weighted_average(values: np.ndarray, log_weights: np.ndarray | None, seed: int) -> Estimate:
+def weighted_average(
+    values: np.ndarray, log_weights: np.ndarray | None, seed: int, replicates: np.ndarray | None = None
+) -> Estimate:
     """Self-normalised average of values [S], or the plain one without weights."""
     weights = _weights_of(log_weights, len(values))
 
     def average(share: np.ndarray) -> float:
         return float((share * weights * values).sum() / (share * weights).sum())
 
-    return _bootstrapped(average, len(values), seed)
+    return _bootstrapped(average, len(values), seed, replicates)
 
 
 def free_energy_difference(
-    in_first: np.ndarray, in_second: np.ndarray, log_weights: np.ndarray | None, seed: int
+    in_first: np.ndarray,
+    in_second: np.ndarray,
+    log_weights: np.ndarray | None,
+    seed: int,
+    replicates: np.ndarray | None = None,
 ) -> Estimate:
     """F_second - F_first in kT of two states given as masks [S], reweighted or as sampled; raises UserError for empty ones."""
     first, second = np.asarray(in_first, bool), np.asarray(in_second, bool)
@@ -163,16 +179,18 @@ def free_energy_difference(
     def difference(share: np.ndarray) -> float:
         return float(np.log((share * weights)[first].sum()) - np.log((share * weights)[second].sum()))
 
-    return _bootstrapped(difference, len(first), seed)
+    return _bootstrapped(difference, len(first), seed, replicates)
 
 
-def log_partition(log_weights: np.ndarray, seed: int) -> Estimate:
+def log_partition(log_weights: np.ndarray, seed: int, replicates: np.ndarray | None = None) -> Estimate:
     """log Z = log mean w, nat."""
     logarithm = _log_mean(_checked(log_weights))
-    return _bootstrapped(logarithm, len(log_weights), seed)
+    return _bootstrapped(logarithm, len(log_weights), seed, replicates)
 
 
-def entropy(reduced_energy: np.ndarray, log_weights: np.ndarray, seed: int) -> Estimate:
+def entropy(
+    reduced_energy: np.ndarray, log_weights: np.ndarray, seed: int, replicates: np.ndarray | None = None
+) -> Estimate:
     """Entropy of the Boltzmann distribution, mean u + log Z, in k_B; reweighted samples with u [S] in kT."""
     checked = _checked(log_weights)
     weights, energy = normalised_weights(checked), np.where(np.isneginf(checked), 0.0, reduced_energy)
@@ -182,7 +200,7 @@ def entropy(reduced_energy: np.ndarray, log_weights: np.ndarray, seed: int) -> E
         mean = (share * weights * energy).sum() / (share * weights).sum()
         return float(mean) + logarithm(share)
 
-    return _bootstrapped(value, len(checked), seed)
+    return _bootstrapped(value, len(checked), seed, replicates)
 
 
 def sampled_entropy(log_density: np.ndarray, seed: int) -> Estimate:
@@ -191,14 +209,29 @@ def sampled_entropy(log_density: np.ndarray, seed: int) -> Estimate:
     return weighted_average(values, None, seed)
 
 
-def multistate(reduced_energies: np.ndarray, counts: np.ndarray) -> Multistate:
+def multistate(reduced_energies: np.ndarray, counts: np.ndarray, start: np.ndarray | None = None) -> Multistate:
     """MBAR (Shirts and Chodera 2008; pymbar) of samples [S] drawn in order from states [K], `counts` [K] of each.
 
     reduced_energies [K, S] are all samples' in every state, log-densities with the sign turned where the model is a state;
-    states without samples, count 0, are those to predict. Raises UserError for what does not fit together.
+    `start` [K] is a guess of the free energies, which also decides between states that nothing connects;
+    states without samples, count 0, are those to predict. Differences between states that no overlap connects mean nothing.
+    Raises UserError for what does not fit together.
     """
-    from pymbar import MBAR
+    solved = _solved(reduced_energies, counts, start)
+    found = solved.compute_free_energy_differences()
+    log_weights = np.log(np.maximum(solved.weights().T, 1e-300))
+    return Multistate(found["Delta_f"], found["dDelta_f"], log_weights, solved.compute_overlap()["matrix"])
 
+
+def multistate_free_energies(
+    reduced_energies: np.ndarray, counts: np.ndarray, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Free energies [K] in kT relative to the first state: of `multistate` only these, which takes a fraction of its time."""
+    found = np.asarray(_solved(reduced_energies, counts, start).f_k, np.float64)
+    return found - found[0]
+
+
+def _solved(reduced_energies: np.ndarray, counts: np.ndarray, start: np.ndarray | None) -> MBAR:
     energies, drawn = np.asarray(reduced_energies, np.float64), np.asarray(counts, np.int64)
     if energies.ndim != 2 or len(drawn) != len(energies) or drawn.sum() != energies.shape[1]:
         raise UserError(
@@ -207,19 +240,42 @@ def multistate(reduced_energies: np.ndarray, counts: np.ndarray) -> Multistate:
         )
     if not np.isfinite(energies).all():
         raise UserError("MBAR needs finite reduced energies of every sample in every state; leave broken samples out")
-    solved = MBAR(energies, drawn)
-    found = solved.compute_free_energy_differences()
-    return Multistate(found["Delta_f"], found["dDelta_f"], np.log(np.maximum(solved.weights().T, 1e-300)))
+    newton = {"method": "adaptive", "options": {"min_sc_iter": 0, "maxiter": _ITERATIONS}}
+    with _silent_pymbar():
+        from pymbar import MBAR
+
+        return MBAR(energies, drawn, _ITERATIONS, initial_f_k=start, solver_protocol=({"method": "hybr"}, newton))
 
 
-def _bootstrapped(statistic: Callable[[np.ndarray], float], count: int, seed: int) -> Estimate:
-    """The statistic at equal shares, and its spread over random ones; shares [S] have mean 1."""
+@contextmanager
+def _silent_pymbar() -> Iterator[None]:
+    """pymbar's import tells every user to install JAX; where it does not converge, the overlap says which states are apart."""
+    logger = logging.getLogger("pymbar")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _bootstrapped(
+    statistic: Callable[[np.ndarray], float], count: int, seed: int, replicates: np.ndarray | None
+) -> Estimate:
+    """The statistic at equal shares, and its spread over random ones, shares [S] of mean 1, or over given ones."""
+    given = _random_shares(count, seed) if replicates is None else np.asarray(replicates, np.float64).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = np.array([statistic(share) for share in given])
+    # a replicate of few populations may be without a state
+    known = resampled[np.isfinite(resampled)]
+    return Estimate(statistic(np.ones(count)), float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"))
+
+
+def _random_shares(count: int, seed: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(seed)
-    resampled = []
     for _ in range(RESAMPLES):
         share = generator.exponential(size=count)
-        resampled.append(statistic(share / share.mean()))
-    return Estimate(statistic(np.ones(count)), float(np.std(resampled, ddof=1)))
+        yield share / share.mean()
 
 
 def _log_mean(log_weights: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dig_scale.batch import Context, Score, ScoreFn, State
+from dig_scale.batch import Context, Geometry, Score, ScoreFn, State
 from dig_scale.diffusion.composition import Composition
 from dig_scale.errors import UserError
 from dig_scale.sampling.clean_estimate import clean_estimate, geometry_of
@@ -110,15 +110,7 @@ class _Course:
 
     def bias(self, state: State) -> Tensor:
         """strength U [B] nat, fp64, of clean states."""
-        geometry = geometry_of(self.composition, state, self.context)
-        values = self.potential(geometry, self.context).detach().double()
-        rows = len(geometry.positions)
-        if values.shape != (rows,):
-            raise UserError(
-                f"the potential answered with shape {tuple(values.shape)}: expected one number per sample, ({rows},)"
-            )
-        found = torch.nan_to_num(self.settings.strength * values, nan=HIGHEST_BIAS)
-        return found.clamp(-HIGHEST_BIAS, HIGHEST_BIAS)
+        return bias_of(geometry_of(self.composition, state, self.context), self.context, self.potential, self.settings)
 
 
 @dataclass(frozen=True)
@@ -150,6 +142,18 @@ def steer(
         last = _weighted(population, course.bias(population.walkers.state))
     ess = torch.tensor(last.ess, dtype=torch.float64)
     return Steered(last.walkers.state, last.log_weights, last.bias, last.lineage, ess, last.resampled)
+
+
+def bias_of(geometry: Geometry, context: Context, potential: Property, settings: Steering) -> Tensor:
+    """strength U [B] nat, fp64, of structures, within HIGHEST_BIAS; raises UserError for another shape."""
+    values = potential(geometry, context).detach().double()
+    rows = len(geometry.positions)
+    if values.shape != (rows,):
+        raise UserError(
+            f"the potential answered with shape {tuple(values.shape)}: expected one number per sample, ({rows},)"
+        )
+    found = torch.nan_to_num(settings.strength * values, nan=HIGHEST_BIAS)
+    return found.clamp(-HIGHEST_BIAS, HIGHEST_BIAS)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ray import serve as ray_serve
 
 from dig_scale.config import Serve
 from dig_scale.errors import UserError
-from dig_scale.model.checkpoint import load_checkpoint
+from dig_scale.model.checkpoint import load_checkpoint, require_score_model
 from dig_scale.ray_token import share_ray_token
 from dig_scale.serving.api import Door, build_api, open_service
 from dig_scale.serving.served import best_device
@@ -99,7 +99,7 @@ def deploy(checkpoint: Path, config: Serve, patience_s: float = _PREDECESSOR_SEC
 
     `patience_s` seconds are given to whoever still holds the port, such as what is left of a killed predecessor.
     """
-    load_checkpoint(checkpoint)
+    require_score_model(load_checkpoint(checkpoint))
     port = _awaited_port(config.host, config.port, patience_s)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _start_ray(config)

@@ -1,24 +1,27 @@
 """One batch of samples as config.Sample asks for it: plain, guided towards a property, or steered as one population.
 
-In: a Bench, the settings, the samples' indices. Out: float arrays by name, [n, ...] for what is of every sample, as parts of
-ensembles keep them. Knows no files.
+In: a Bench, the settings, the predictor that guides if one does, the samples' indices. Out: float arrays by name, [n, ...] for
+what is of every sample, as parts of ensembles keep them. Knows no files of samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dig_scale.batch import ScoreFn, State
+from dig_scale.batch import ScoreFn, State, collate
 from dig_scale.config import Sample
+from dig_scale.config_properties import predictor_of
 from dig_scale.sampling.from_settings import guide_from, steering_from
 from dig_scale.sampling.guidance import property_guided
 from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
 from dig_scale.sampling.steering import Run, Steered, steer
+from dig_scale.serving.predictors import ServedPredictor, guide_with, load_predictor
 from dig_scale.serving.served import Bench
 from dig_scale.system import System
 
@@ -27,37 +30,64 @@ POPULATION = ("ess", "resampled", "log_normaliser", "distinct")
 
 
 def require_properties(settings: Sample, system: System) -> None:
-    """Raises UserError where guide or steering name something that is not there."""
-    if settings.guide is not None:
+    """Raises UserError where guide or steering name something that is not there; predictors are their own affair."""
+    if settings.guide is not None and predictor_of(settings.guide) is None:
         guide_from(settings.guide, system)
     if settings.steer is not None:
         steering_from(settings.steer, system)
 
 
-def draw_block(bench: Bench, settings: Sample, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The samples of these indices [n] int64: fields of Frames, and weights and the course of the population where steered."""
+def draw_block(
+    bench: Bench, settings: Sample, index: np.ndarray, predictor: ServedPredictor | None = None
+) -> dict[str, np.ndarray]:
+    """The samples of these indices [n] int64: fields of Frames, and weights and the course of the population where steered.
+
+    A predictor that guides is read from its folder where it is not given.
+    """
     rows = torch.as_tensor(index, device=bench.context.present.device)
+    score_fn = _guided(bench, settings, predictor)  # not under inference mode: gradients pass through what it holds
     with torch.inference_mode():
         if settings.steer is None:
             solver = solver_named(settings.solver)
-            steps, seed, score_fn = settings.steps, settings.seed, _guided(bench, settings)
-            state = sample(score_fn, bench.composition, bench.context, solver, steps, seed, rows)
+            state = sample(score_fn, bench.composition, bench.context, solver, settings.steps, settings.seed, rows)
             return _arrays(bench, state)
-        steered = _steered(bench, settings, rows)
+        steered = _steered(bench, score_fn, settings, rows)
         return _arrays(bench, steered.state) | _weights(steered)
 
 
-def _guided(bench: Bench, settings: Sample) -> ScoreFn:
+def draw_blocks(
+    benches: Sequence[Bench], settings: Sample, indices: Sequence[np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """The plain samples of several systems of one kind and number of sites as one batch, for each what draw_block gives."""
+    context = collate([bench.context for bench, index in zip(benches, indices, strict=True) for _ in index])
+    first, rows = benches[0], torch.as_tensor(np.concatenate(indices), device=benches[0].context.present.device)
+    with torch.inference_mode():
+        solver = solver_named(settings.solver)
+        state = sample(first.score_fn, first.composition, context, solver, settings.steps, settings.seed, rows)
+        arrays = {name: x.float().cpu().numpy() for name, x in first.composition.arrays(state, context).items()}
+    ends = np.cumsum([len(index) for index in indices])
+    return [
+        {name: x[end - len(index) : end] for name, x in arrays.items()}
+        for end, index in zip(ends, indices, strict=True)
+    ]
+
+
+def _guided(bench: Bench, settings: Sample, predictor: ServedPredictor | None) -> ScoreFn:
     if settings.guide is None:
         return bench.score_fn
-    return property_guided(bench.score_fn, bench.composition, [guide_from(settings.guide, bench.system)])
+    found = predictor or load_predictor(settings.guide, bench.context.present.device)
+    if found is None:
+        guide = guide_from(settings.guide, bench.system)
+    else:
+        guide = guide_with(found, settings.guide, bench.system, bench.composition)
+    return property_guided(bench.score_fn, bench.composition, [guide])
 
 
-def _steered(bench: Bench, settings: Sample, rows: Tensor) -> Steered:
+def _steered(bench: Bench, score_fn: ScoreFn, settings: Sample, rows: Tensor) -> Steered:
     assert settings.steer is not None
     potential, steering = steering_from(settings.steer, bench.system)
     run = Run(solver_named(settings.solver), settings.steps, settings.seed, rows)
-    return steer(_guided(bench, settings), bench.composition, bench.context, potential, steering, run)
+    return steer(score_fn, bench.composition, bench.context, potential, steering, run)
 
 
 def _arrays(bench: Bench, state: State) -> dict[str, np.ndarray]:

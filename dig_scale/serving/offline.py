@@ -21,12 +21,15 @@ import torch
 from dig_shards.durable import replace_durably
 
 from dig_scale.config import Sample
+from dig_scale.config_properties import PREDICTOR
+from dig_scale.diffusion.composition import composition_for
 from dig_scale.ensemble import FILE_NAME, STEERED, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.model.features import require_features
 from dig_scale.outputs.ensembles import is_complete, write_ensemble_folder
 from dig_scale.sampling.solvers import solver_named
-from dig_scale.serving.block import POPULATION, draw_block, require_properties
+from dig_scale.serving.block import POPULATION, draw_block, draw_blocks, require_properties
+from dig_scale.serving.predictors import ServedPredictor, guide_with, load_predictor
 from dig_scale.serving.processes import process_count, processes
 from dig_scale.serving.served import (
     Benches,
@@ -68,12 +71,14 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
     """The ensembles of several systems by one checkpoint and settings that differ in `num` alone; raises as sample_ensemble."""
     first = wanted[0]
     model = load_served_model(first.checkpoint, torch.device("cpu"))
+    predictor = load_predictor(first.settings.guide, torch.device("cpu"))
     require_wanted(model.recipe, wanted_properties(first.settings))
     for draws in wanted:
+        _require_fit(predictor, draws, model)
         require_features(draws.system, model.recipe.model)
         require_properties(draws.settings, draws.system)
         _require_whole_populations(draws)
-    plans = [_plan(draws, model) for draws in wanted]
+    plans = [_plan(draws, model, predictor) for draws in wanted]
     _draw_missing(plans, progress)
     return [_finished(plan, model) for plan in plans]
 
@@ -97,8 +102,14 @@ class _Plan:
         return 0 if self.there is None else self.there.n_samples
 
 
-def _plan(draws: Draws, model: ServedModel) -> _Plan:
-    identity = _identity(draws, model.checkpoint_id)
+def _require_fit(predictor: ServedPredictor | None, draws: Draws, model: ServedModel) -> None:
+    if predictor is not None and draws.settings.guide is not None:
+        composition = composition_for(draws.system.kind, model.recipe.diffusion)
+        guide_with(predictor, draws.settings.guide, draws.system, composition)
+
+
+def _plan(draws: Draws, model: ServedModel, predictor: ServedPredictor | None) -> _Plan:
+    identity = _identity(draws, model.checkpoint_id, predictor)
     _claim(draws.out, identity)
     there = _existing(draws.out, draws.settings.num)
     have = set() if there is None else set(there.index.tolist())
@@ -124,10 +135,10 @@ def _finished(plan: _Plan, model: ServedModel) -> Ensemble:
     return ensemble
 
 
-def _identity(draws: Draws, checkpoint_id: str) -> dict[str, Any]:
+def _identity(draws: Draws, checkpoint_id: str, predictor: ServedPredictor | None) -> dict[str, Any]:
     settings, wanted = draws.settings, wanted_properties(draws.settings)
     evaluations = solver_named(settings.solver).evaluations_per_step * wanted.evaluations
-    identity = {
+    identity: dict[str, Any] = {
         "checkpoint": checkpoint_id,
         "system_id": draws.system.system_id,
         "solver": settings.solver,
@@ -139,6 +150,10 @@ def _identity(draws: Draws, checkpoint_id: str) -> dict[str, Any]:
         identity |= {"conditions": dict(sorted(wanted.conditions.items())), "guidance": wanted.guidance}
     if settings.guide is not None:
         identity["guide"] = settings.guide.model_dump(mode="json")
+    if predictor is not None:  # by what it is, wherever it lies
+        guide = settings.guide.model_dump(mode="json") if settings.guide else {}
+        identity["guide"] = guide | {"property": PREDICTOR + predictor.predicts.property}
+        identity["predictor"] = {"checkpoint": predictor.checkpoint_id, "recipe": predictor.recipe.name}
     if settings.steer is not None:
         identity |= {"steer": settings.steer.model_dump(mode="json"), "population": _rows(draws)}
     return identity
@@ -176,11 +191,10 @@ def _draw_missing(plans: Sequence[_Plan], progress: OnSamples | None) -> None:
     if not todo:
         return
     draws = plans[0].draws
-    count = max(1, min(process_count(draws.settings.workers), len(todo)))
+    loads = _loads(todo)
+    count = max(1, min(process_count(draws.settings.workers), len(loads)))
     with processes(count, _start_worker, draws) as pool:
-        running: list[Future[int]] = [
-            pool.submit(_draw_block, path, plan.blocks[path], plan.draws.system) for plan, path in todo
-        ]
+        running: list[Future[int]] = [pool.submit(_draw_load, load) for load in loads]
         try:
             for future in as_completed(running):
                 done += future.result()
@@ -188,6 +202,34 @@ def _draw_missing(plans: Sequence[_Plan], progress: OnSamples | None) -> None:
                     progress(done, total)
         except BrokenProcessPool:
             raise UserError(f"a sampling process died; run the same command again to carry on in {draws.out}") from None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Samples `index` [n] of a system, and their file."""
+
+    path: Path
+    index: np.ndarray
+    system: System
+
+
+def _loads(todo: Sequence[tuple[_Plan, Path]]) -> list[list[_Block]]:
+    """Blocks that are drawn in one batch each: small ones of systems of one kind and size go together."""
+    loads: list[list[_Block]] = []
+    open_loads: dict[Any, list[_Block]] = {}
+    for plan, path in todo:
+        system, settings = plan.draws.system, plan.draws.settings
+        block = _Block(path, plan.blocks[path], system)
+        if settings.guide is not None or settings.steer is not None:
+            loads.append([block])
+            continue
+        alike = (system.kind, system.n_sites, system.periodic)
+        load = open_loads.get(alike)
+        if load is None or sum(len(one.index) for one in load) + len(block.index) > _rows(plan.draws):
+            load = open_loads[alike] = []
+            loads.append(load)
+        load.append(block)
+    return loads
 
 
 def _blocks(missing: np.ndarray, draws: Draws) -> list[np.ndarray]:
@@ -219,6 +261,7 @@ def _part(folder: Path, block: np.ndarray) -> Path:
 class _Bound:
     benches: Benches
     settings: Sample
+    predictor: ServedPredictor | None
 
 
 _bound: list[_Bound] = []
@@ -226,21 +269,29 @@ _bound: list[_Bound] = []
 
 
 def _start_worker(draws: Draws) -> None:
-    model = load_served_model(draws.checkpoint, best_device())
-    _bound[:] = [_Bound(Benches(model, wanted_properties(draws.settings)), draws.settings)]
+    device = best_device()
+    model, predictor = load_served_model(draws.checkpoint, device), load_predictor(draws.settings.guide, device)
+    _bound[:] = [_Bound(Benches(model, wanted_properties(draws.settings)), draws.settings, predictor)]
 
 
-def _draw_block(path: Path, block: np.ndarray, system: System) -> int:
-    """Draw the samples `block` [n] of a system into `path`; the number drawn."""
-    bench, settings = _bound[0].benches.bench(system), _bound[0].settings
+def _draw_load(load: Sequence[_Block]) -> int:
+    """Draw the blocks of one batch, each into its file; the number of samples."""
+    bound = _bound[0]
+    benches = [bound.benches.bench(block.system) for block in load]
     begin = time.process_time()
-    found = draw_block(bench, settings, block)
+    if len(load) == 1:
+        drawn = [draw_block(benches[0], bound.settings, load[0].index, bound.predictor)]
+    else:
+        drawn = draw_blocks(benches, bound.settings, [block.index for block in load])
     spent = time.process_time() - begin
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, index=block, cpu_seconds=spent, **found)
-    temporary.replace(path)
-    return len(block)
+    count = sum(len(block.index) for block in load)
+    for block, found in zip(load, drawn, strict=True):
+        temporary = block.path.with_suffix(".tmp")
+        with temporary.open("wb") as stream:
+            share = spent * len(block.index) / count
+            np.savez(stream, allow_pickle=False, index=block.index, cpu_seconds=share, **found)
+        temporary.replace(block.path)
+    return count
 
 
 def _joined(plan: _Plan, provenance: dict[str, Any]) -> Ensemble:

@@ -89,7 +89,7 @@ def load_served_model(path: Path, device: torch.device) -> ServedModel:
     """The model of a checkpoint file or training folder; raises UserError naming the file."""
     checkpoint = load_checkpoint(path)
     return ServedModel(
-        checkpoint_id=_file_hash(path / FILE_NAME if path.is_dir() else path),
+        checkpoint_id=checkpoint_hash(path),
         network=build_score_model(checkpoint).to(device),
         recipe=checkpoint.recipe,
         systems={system.name: system for system in checkpoint.systems},
@@ -173,6 +173,7 @@ class Benches:
         return built
 
 
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
+def checkpoint_hash(path: Path) -> str:
+    """What identifies a checkpoint file, or the one in a training folder, by its content."""
+    with (path / FILE_NAME if path.is_dir() else path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 In: a checkpoint and an ensemble, a packed dataset or trajectories. Out: the folder of an Ensemble with log_density and its
 error, with energy where it is asked for, and with log_weights where both are there and the structures are samples of this very
-model: log w = -u - log p, and for steered ones their own weights back to the model on top. A stage of the command line.
+model: log w = -u - log p, and for steered or combined ones their own weights back to the model on top. A stage of the
+command line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dig_scale.config import Recipe, Simulate
-from dig_scale.ensemble import BOLTZMANN, FILE_NAME, STEERED, Ensemble, read_ensemble
+from dig_scale.ensemble import BOLTZMANN, FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
 from dig_scale.stages.density_sources import Source, structures_of
@@ -169,17 +170,18 @@ def _with_weights(ensemble: Ensemble, given: Ensemble, potential: Potential, mod
         return replace(ensemble, log_weights=None)
     assert ensemble.log_density is not None and ensemble.energy is not None
     log_weights = -ensemble.energy / potential.kT_ev - ensemble.log_density
-    if given.bias is not None:
+    if given.is_tilted:
         log_weights = log_weights + _to_the_model(given)
     return replace(ensemble, log_weights=log_weights, provenance=ensemble.provenance | {"log_weights": BOLTZMANN})
 
 
 def _to_the_model(given: Ensemble) -> np.ndarray:
-    """log-weights [S] from a steered ensemble to what the model samples without steering."""
+    """log-weights [S] from a steered or combined ensemble to what the model samples without steering."""
     found = given.correcting_log_weights
-    if found is None or given.log_weights_towards != STEERED:
+    if found is None or given.log_weights_towards == BOLTZMANN:
         raise UserError(
             f"the ensemble of {given.system.name!r} was steered and its weights were changed since: give it as it was sampled"
+            " or combined"
         )
     return found
 

@@ -28,6 +28,11 @@ class RunFolders:
         return self.root / "model"
 
     @property
+    def predictor(self) -> Path:
+        """Training run of a predictor, by a recipe with [predict]."""
+        return self.root / "predictor"
+
+    @property
     def ensemble(self) -> Path:
         """Samples."""
         return self.root / "ensemble"

@@ -18,6 +18,10 @@ def run_all(recipe: Recipe, folders: RunFolders) -> Path:
     for section in ("pack", "train"):
         if getattr(recipe, section) is None:
             raise UserError(f"recipe {recipe.name!r} has no [{section}] section; `dig-scale run` needs it")
+    if recipe.predict is not None:
+        raise UserError(
+            f"recipe {recipe.name!r} has [predict]: it trains a predictor, which gives no samples; use `dig-scale train`"
+        )
     if recipe.simulate is None and not recipe.imports and not recipe.searches:
         raise UserError(
             f"recipe {recipe.name!r} has neither [simulate] nor [[imports]] nor [[searches]]; `dig-scale run` needs one"

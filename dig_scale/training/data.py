@@ -11,7 +11,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from dig_scale.diffusion.composition import Composition, composition_for, requir
 from dig_scale.errors import TrainingError
 from dig_scale.model.features import features_read, featurise, require_features, without_features
 from dig_scale.objectives.denoising import draw_times
+from dig_scale.objectives.regression import Labels
 from dig_scale.records import LABEL, MISSING_LABEL, PER_SITE, POSITIONS
 from dig_scale.system import System
 from dig_scale.training.zero import Ranks, Share, share_of
@@ -42,17 +43,20 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: clean batch, t [B], standard normal noise of the state's shape, and the processes of its kind."""
+    """One forward pass: clean batch, t [B], standard normal noise of the state's shape, and the processes of its kind; labels of
+    the clean structures where a predictor is trained."""
 
     batch: Batch
     t: Tensor
     noise: State
     composition: Composition
+    labels: Labels | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on `device`; its context is expected there already."""
         batch = Batch(tree_to(self.batch.state, device), self.batch.context, self.batch.systems)
-        return MicroBatch(batch, self.t.to(device), tree_to(self.noise, device), self.composition)
+        noise, labels = tree_to(self.noise, device), tree_to(self.labels, device)
+        return MicroBatch(batch, self.t.to(device), noise, self.composition, labels)
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,24 @@ class TrainingData:
     host_contexts: tuple[Context, ...]
     compositions: tuple[Composition, ...]
     conditions: tuple[Condition, ...]
+    label: Callable[[TrainingData, np.ndarray, State], Labels] | None = None
+    """What a predictor learns of frames and their clean states; see training.labels."""
 
     def micro_batch(self, ids: np.ndarray, t: Tensor, noise: State) -> MicroBatch:
         """Read frames of systems of one kind."""
         rows = self.system_of(ids)
+        state = self.clean(ids)
+        context = self._conditioned(collate([self.contexts[row] for row in rows]), ids, rows)
+        batch = Batch(state, context, tuple(dict.fromkeys(self.systems[row].name for row in rows)))
+        labels = None if self.label is None else self.label(self, ids, state)
+        return MicroBatch(batch, t, noise, self.compositions[rows[0]], labels)
+
+    def clean(self, ids: np.ndarray) -> State:
+        """Clean states of frames of systems of one kind."""
+        rows = self.system_of(ids)
         composition = self.compositions[rows[0]]
         arrays = {name: self._read(ids, rows, name) for name in composition.stored}
-        state = composition.state(arrays, self.host_context(rows), _places(ids))
-        context = self._conditioned(collate([self.contexts[row] for row in rows]), ids, rows)
-        names = tuple(dict.fromkeys(self.systems[row].name for row in rows))
-        return MicroBatch(Batch(state, context, names), t, noise, composition)
+        return composition.state(arrays, self.host_context(rows), _places(ids))
 
     def host_context(self, rows: np.ndarray) -> Context:
         """The context of a batch of these systems, in the memory of the host."""

@@ -153,9 +153,9 @@ def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _fixed(run: dict[str, Any]) -> dict[str, Any]:
     """What must not change while a run is carried on, by dotted name."""
-    flat = {"data set": run["dataset_sha256"][:12]}
-    for section in ("model", "diffusion", "train"):
-        values = (run["recipe"][section] or {}).items()
+    flat = {"data set": run["dataset_sha256"][:12], "predict.property": None}
+    for section in ("model", "diffusion", "train", "predict"):
+        values = (run["recipe"].get(section) or {}).items()
         flat |= {f"{section}.{key}": value for key, value in values if key not in _FREE_SETTINGS}
     return flat
 

@@ -1,8 +1,9 @@
 """The training loop: `train(recipe, dataset, out)`, which needs only the rank environment.
 
 Runs the same under torchrun, srun, Ray Train and the launcher of the command line: RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT tell each process its place. A step: rows by cursor -> noise -> denoising loss (and the
-physics-informed loss of candidate structures, where asked) -> DeepSpeed backward and update -> moving average.
+MASTER_ADDR and MASTER_PORT tell each process its place. A step: rows by cursor -> noise -> denoising loss (of a predictor
+-log q of the labels; and the physics-informed loss of candidate structures, where asked) -> DeepSpeed backward and update ->
+moving average.
 Started again in the same folder it carries on from the latest checkpoint, with the same losses and without repeating a
 record; SIGUSR1 makes it write a checkpoint and end at the next row of metrics.
 """
@@ -30,7 +31,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from dig_scale.config import Model, Recipe, Train
 from dig_scale.errors import TrainingError, UserError
 from dig_scale.model.checkpoint import Checkpoint, save_checkpoint
-from dig_scale.model.score_model import ScoreModel
+from dig_scale.model.encoder import Encoder
+from dig_scale.model.predictor import network_for
+from dig_scale.predictions import Predicted
 from dig_scale.training import metrics, run_folder, zero
 from dig_scale.training.data import (
     MicroBatch,
@@ -41,6 +44,7 @@ from dig_scale.training.data import (
     validation_batches,
 )
 from dig_scale.training.ema import Fragment, averaged_copy, decay_at, load_fragments_, move_average_, save_fragments
+from dig_scale.training.labels import labelled, predicted_by
 from dig_scale.training.launch import end_with_launcher, read_recipe
 from dig_scale.training.objective import Objective
 from dig_scale.training.physics import PhysicsData, open_candidates
@@ -61,6 +65,7 @@ class Run:
     data: TrainingData
     validation: TrainingData | None
     candidates: PhysicsData | None
+    predicts: Predicted | None
     engine: zero.ZeroEngine
     live: tuple[Fragment, ...]
     """Views of the fp32 weights, walked once: DeepSpeed updates them in place."""
@@ -140,11 +145,11 @@ def precision_of(settings: Train, device: torch.device) -> str:
     return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "fp32"
 
 
-def new_network(recipe: Recipe, settings: Train) -> ScoreModel:
-    """The score model with weights that depend on the seed only, its blocks recomputed in backward where asked."""
+def new_network(recipe: Recipe, settings: Train, predicts: Predicted | None) -> Encoder:
+    """The score model or predictor with weights that depend on the seed only, its blocks recomputed in backward where asked."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = ScoreModel(recipe.model)
+        network = network_for(recipe.model, predicts)
     if settings.activation_checkpointing == "blocks":
         recompute_blocks_(network.trunk.blocks)
     return network
@@ -168,20 +173,23 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
     data = open_split(dataset, TRAIN, recipe, ranks.device)
     if data is None:
         raise TrainingError(f"{dataset}: the train split has no frames; pack it again")
+    predicts = predicted_by(recipe, data, dataset)
+    validation = open_split(dataset, VALIDATION, recipe, ranks.device)
     precision = precision_of(settings, ranks.device)
-    engine = zero.start_engine(Objective(new_network(recipe, settings), precision), settings, ranks)
+    engine = zero.start_engine(Objective(new_network(recipe, settings, predicts), precision), settings, ranks)
     resumed, ema = _resume(engine, settings, ranks, out)
     return Run(
         recipe=recipe,
         train=settings,
         ranks=ranks,
-        data=data,
-        validation=open_split(dataset, VALIDATION, recipe, ranks.device),
+        data=labelled(data, predicts),
+        validation=validation and labelled(validation, predicts),
         candidates=open_candidates(recipe, dataset, ranks),
+        predicts=predicts,
         engine=engine,
         live=zero.local_fragments(engine),
         ema=ema,
-        throughput=_throughput(recipe.model, ranks, precision),
+        throughput=_throughput(recipe.model, predicts, ranks, precision),
         out=out,
         resumed=resumed,
         started=started,
@@ -257,7 +265,7 @@ def _one_step(run: Run, step: int, item: StepInput, window: metrics.Window) -> N
 
 
 def _denoising(run: Run, micro: MicroBatch, window: metrics.Window) -> Tensor:
-    """Weighted denoising loss of a micro-batch; where its weight is 0 the network is not asked."""
+    """Weighted denoising loss, or regression loss, of a micro-batch; where its weight is 0 the network is not asked."""
     weight = _denoising_weight(run.train)
     if weight == 0:
         return torch.zeros((), device=run.ranks.device)
@@ -330,7 +338,7 @@ def _validate(run: Run, done: int, writer: metrics.MetricsWriter | None) -> None
             micro = part.micro.to(run.ranks.device)
             losses = run.engine(micro)
             levels = levels.plus(losses, micro.t) if part.weight else levels
-        table_error = cast(ScoreModel, run.engine.module.network).pair_bias.review_table()
+        table_error = cast(Encoder, run.engine.module.network).pair_bias.review_table()
     run.engine.module.train()
     sums = torch.stack([levels.total, levels.count])
     dist.all_reduce(sums)
@@ -362,7 +370,7 @@ def _write_checkpoint(run: Run, done: int, cursor: Cursor, writer: metrics.Metri
             "steps": done,
         }
         cost |= {"ranks": run.ranks.world_size, "device": _device_name(run.ranks.device)}
-        model = Checkpoint(weights, averaged, run.recipe, run.data.systems, done, cost, run.data.frames)
+        model = Checkpoint(weights, averaged, run.recipe, run.data.systems, done, cost, run.data.frames, run.predicts)
         save_checkpoint(run_folder.model_file(run.out), model)
         run_folder.publish_checkpoint(run.out, progress, run.train.keep_checkpoints)
     if writer is not None:
@@ -394,15 +402,15 @@ def _ema_file(folder: Path, engine: zero.ZeroEngine, ranks: zero.Ranks) -> Path:
     return folder / f"ema-{ranks.rank if engine.stage else 0:05d}.safetensors"
 
 
-def _throughput(model: Model, ranks: zero.Ranks, precision: str) -> metrics.Throughput:
+def _throughput(model: Model, predicts: Predicted | None, ranks: zero.Ranks, precision: str) -> metrics.Throughput:
     peak = metrics.peak_flops(ranks.device, precision) * ranks.world_size
-    return metrics.Throughput(_site_parameters(model), model.layers, model.width, peak)
+    return metrics.Throughput(_site_parameters(model, predicts), model.layers, model.width, peak)
 
 
-def _site_parameters(model: Model) -> int:
+def _site_parameters(model: Model, predicts: Predicted | None) -> int:
     """Parameters that multiply every site's token: those of trunk and heads but for the modulation, once per sample."""
     with torch.device("meta"):
-        named = list(ScoreModel(model).named_parameters())
+        named = list(network_for(model, predicts).named_parameters())
     per_site = ("trunk.", "head.", "node_feature.")
     return sum(p.numel() for name, p in named if name.startswith(per_site) and ".modulation." not in name)
 

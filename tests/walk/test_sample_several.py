@@ -19,7 +19,7 @@ from dig_scale.importers.crystal import crystal_system
 from dig_scale.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dig_scale.sampling.integrate import sample
 from dig_scale.sampling.solvers import solver_named
-from dig_scale.serving.offline import Draws, sample_ensemble
+from dig_scale.serving.offline import Draws, sample_ensemble, sample_ensembles
 from dig_scale.serving.served import ServedModel, Wanted, build_bench, load_served_model
 from dig_scale.stages.sample import sample_stage, shared_out
 from tests.kinds import SMALL, lively_model
@@ -52,6 +52,26 @@ def test_samples_are_shared_as_the_training_frames_are(tmp_path: Path) -> None:
         assert (draws.out / "samples.cif").is_file() and not any((draws.out / "parts").iterdir())
     grown = shared_out(checkpoint, None, QUICK.model_copy(update={"num": 14}), tmp_path / "out")
     assert sum(one.n_samples for one in sample_stage(grown)) == 14
+
+
+@pytest.mark.parametrize("conditions", [{}, {"gap": 3.0}])
+def test_systems_of_one_size_share_batches_and_get_the_samples_they_get_alone(
+    tmp_path: Path, conditions: dict[str, float]
+) -> None:
+    checkpoint = saved(tmp_path, (GAP,))
+    settings = QUICK.model_copy(update={"num": 3, "conditions": conditions, "guidance": 2.0})
+    systems = [crystal_system(np.array(numbers)) for numbers in ((6, 6), (6, 14), (14, 32), (6, 6, 6))]
+    calls: list[int] = []
+    together = sample_ensembles(
+        [Draws(checkpoint, one, settings, tmp_path / one.name) for one in systems], lambda done, _: calls.append(done)
+    )
+    assert sorted(np.diff([0, *calls])) in ([3, 3, 6], [3, 9]), "8 rows hold two systems of three samples"
+    for system, ensemble in zip(systems, together, strict=True):
+        alone = sample_ensemble(Draws(checkpoint, system, settings, tmp_path / f"alone-{system.name}"))
+        assert ensemble.system.system_id == system.system_id and ensemble.cell is not None and alone.cell is not None
+        np.testing.assert_allclose(ensemble.positions, alone.positions, atol=1e-4)
+        np.testing.assert_allclose(ensemble.cell, alone.cell, atol=1e-4)
+        assert ensemble.provenance["cpu_seconds"] > 0
 
 
 def test_a_lost_file_is_written_again_without_drawing(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import gemmi
 import numpy as np
 import pytest
 
+from dig_scale.config import TEMPLATE_FEATURES
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import read_backbone
 from dig_scale.importers.representations import represented
-from dig_scale.importers.templates import CENTRES, SITE_FEATURES, template_features
+from dig_scale.importers.templates import CENTRES, template_features
 
 
 def without(source: Path, target: Path, residue: int, name: str | None = None) -> Path:
@@ -49,7 +50,7 @@ def test_features_do_not_depend_on_how_the_structure_lies(chignolin: Path, tmp_p
         model.transform_pos_and_adp(turn)
     structure.write_pdb(str(tmp_path / "turned.pdb"))
     one, two = template_features(system, chignolin), template_features(system, tmp_path / "turned.pdb")
-    assert one.site.shape == (system.n_sites, SITE_FEATURES)
+    assert one.site.shape == (system.n_sites, TEMPLATE_FEATURES)
     assert np.abs(one.site - two.site).max() < 0.01
     assert np.abs(one.pair - two.pair).max() < 0.01
 
