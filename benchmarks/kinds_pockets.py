@@ -36,16 +36,17 @@ def pocket_results(runs: Path, data: Path, targets: Sequence[str], poses: int) -
     held_out = {target: _middle(_ligands(data, target)) for target in targets}
     recipe = _write_recipe(runs / "pockets.toml", data, held_out)
 
+    from dig_scale.recipe_files import load_recipe
+    from dig_scale.serving.offline import Draws
+    from dig_scale.stages.sample import sample_stage
+
     def work() -> None:
         dig_scale("import", recipe, "--out", out / "trajectories")
         dig_scale("pack", recipe, out / "trajectories", "--out", out / "dataset")
         dig_scale("train", recipe, out / "dataset", "--out", out / "model")
-        for target, ligand in held_out.items():
-            system, _ = _held_out(data, target, ligand)
-            description = out / "held-out" / f"{target}.json"
-            description.parent.mkdir(parents=True, exist_ok=True)
-            description.write_text(system.to_json())
-            dig_scale("sample", out / "model", "--system", description, "--num", poses, "--out", out / "poses" / target)
+        systems = {target: _held_out(data, target, ligand)[0] for target, ligand in held_out.items()}
+        settings = load_recipe(str(recipe)).sample.model_copy(update={"num": poses})
+        sample_stage([Draws(out / "model", one, settings, out / "poses" / target) for target, one in systems.items()])
 
     minutes = timed(runs / "pockets.json", work)
     return [_result(out, data, target, ligand) for target, ligand in held_out.items()], minutes
