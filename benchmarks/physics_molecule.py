@@ -75,7 +75,7 @@ def _weight_rows(physics: dict[str, Any]) -> list[Row]:
     ]
 
 
-def guidance_rows(runs: Path) -> list[Row]:
+def molecule_guidance_rows(runs: Path) -> list[Row]:
     """Samples asked for a window of psi, judged by the window, and by geometry that no guide saw."""
     model = _model(runs)
     guided, free = model.parent / "guided", model.parent / "unguided"
