@@ -10,12 +10,11 @@ from pydantic import Field, model_validator
 from dig_scale.config_physics import Ablate, PhysicsInformed
 from dig_scale.config_properties import GuideSpec, Predict, SteerSpec
 from dig_scale.config_section import PositiveFloat, PositiveInt, Section
+from dig_scale.template_layout import TEMPLATE_FEATURES
 
 Facet = Literal["fcc111", "fcc100", "fcc110", "bcc110", "hcp0001"]
 CalculatorName = Literal["emt", "tblite", "pyscf"]
 LANGUAGE_MODEL, TEMPLATE = "esm2:", "template:"
-TEMPLATE_FEATURES = 42
-"""Width of the site features that a template gives."""
 """What the name of a language model and the file of a known structure begin with where a file of representations may stand."""
 
 

@@ -90,6 +90,14 @@ def geodesic(
     return start @ exp(fraction * log(start.mT @ end))
 
 
+def nearest_rotations(matrices: Float[Tensor, "... 3 3"]) -> Float[Tensor, "... 3 3"]:
+    """The proper rotation nearest to each matrix; of target^T mobile, the one that lays mobile on target (Kabsch 1978)."""
+    u, _, vh = torch.linalg.svd(matrices)
+    sign = torch.ones_like(u[..., 0])
+    sign[..., 2] = torch.where(torch.linalg.det(u @ vh) < 0, -1.0, 1.0).to(sign.dtype)
+    return (u * sign.unsqueeze(-2)) @ vh
+
+
 def random_rotations(normal4: Float[Tensor, "... 4"]) -> Float[Tensor, "... 3 3"]:
     """Rotations uniform over SO(3) from four independent standard normals each."""
     return matrix_from_quaternion(normal4)

@@ -13,17 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dig_scale.config import TEMPLATE_FEATURES
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import read_backbone
 from dig_scale.system import System
+from dig_scale.template_layout import LENGTH, PLACES, TEMPLATE_FEATURES, TURNS, WAVELENGTHS, WAVES
 
 CENTRES = np.arange(4.0, 52.0, 2.0)
 """Å; of Gaussians as wide as they lie apart."""
-WAVELENGTHS = np.array([320.0, 160.0, 80.0, 40.0, 20.0])
-"""Å; of the sines and cosines that tell places."""
-LENGTH = 100.0
-"""Å; unit of the coordinates themselves."""
 PAIR_FEATURES = len(CENTRES)
 LEAST_IDENTITY = 0.5
 """Share of the protein's residues that a template must have."""
@@ -31,7 +27,7 @@ LEAST_IDENTITY = 0.5
 
 @dataclass(frozen=True)
 class TemplateFeatures:
-    """float32; site [N, 42]: waves of the three coordinates, the frame's nine, the coordinates; pair [N, N, 24]: of distances."""
+    """float32; site [N, 42] as template_layout says; pair [N, N, 24]: Gaussians of distances."""
 
     site: np.ndarray
     pair: np.ndarray
@@ -55,7 +51,8 @@ def template_features(system: System, path: Path) -> TemplateFeatures:
     axes = _principal_axes(positions)
     places, turns = (positions - positions.mean(0)) @ axes, (axes.T @ rotations).reshape(len(rotations), 9)
     site = np.zeros((system.n_sites, TEMPLATE_FEATURES), np.float32)
-    site[there] = np.concatenate([_waves(places), turns, places / LENGTH], axis=1)[rows[there]]
+    for columns, values in ((WAVES, _waves(places)), (TURNS, turns), (PLACES, places / LENGTH)):
+        site[there, columns] = values[rows[there]]
     pair = np.zeros((system.n_sites, system.n_sites, PAIR_FEATURES), np.float32)
     pair[np.ix_(there, there)] = _gaussians(positions[rows[there]])
     return TemplateFeatures(site, pair)
@@ -68,7 +65,7 @@ def _gaussians(positions: np.ndarray) -> np.ndarray:
 
 def _waves(places: np.ndarray) -> np.ndarray:
     """Sines and cosines [N, 30] of coordinates [N, 3] in Å."""
-    angle = 2 * np.pi * places[..., None] / WAVELENGTHS
+    angle = 2 * np.pi * places[..., None] / np.array(WAVELENGTHS)
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).reshape(len(places), -1)
 
 

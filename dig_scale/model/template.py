@@ -1,6 +1,6 @@
 """A template laid on the noised chain: where and how turned each residue would be if the protein were its template as it lies.
 
-In: noised residues, and in their context's site features the template's places and turns (importers.templates says where they
+In: noised residues, and in their context's site features the template's places and turns (template_layout says where they
 stand). Out: two vectors of every residue, to its place in the template and from the centre to that place, and what its frame
 sees of both and of the template's frame. The superposition is Kabsch's, so all turns with the chain; residues that the template
 lacks have zeros.
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from dig_scale.batch import Context, Geometry
 from dig_scale.config import Model
+from dig_scale.geometry.rotations import nearest_rotations
+from dig_scale.template_layout import LENGTH, PLACES, TURNS
 
-PLACES, TURNS = slice(-3, None), slice(-12, -3)
-"""Of the site features: coordinates in units of LENGTH, and the nine of the frame, both along the template's own axes."""
-LENGTH = 100.0
-"""Å."""
 _NEAR, _WIDE = 4.0, 10.0
 """Widths of noise beyond which a displacement is only a direction; Å of a place from the centre."""
 _SEEN = 3 + 3 + 9 + 1
@@ -60,9 +58,5 @@ def _superposed(template: Tensor, positions: Tensor, there: Tensor) -> tuple[Ten
     share = there / there.sum(1, keepdim=True).clamp(min=1)
     centre = (share * positions).sum(1, keepdim=True)
     own = template - (share * template).sum(1, keepdim=True)
-    u, _, vh = torch.linalg.svd((share * (positions - centre)).mT @ own)
-    mirrored = torch.linalg.det(u @ vh) < 0
-    sign = torch.ones_like(u[:, 0])
-    sign[:, 2] = torch.where(mirrored, -1.0, 1.0).to(sign.dtype)
-    rotation = (u * sign.unsqueeze(1)) @ vh
+    rotation = nearest_rotations((share * (positions - centre)).mT @ own)
     return rotation, centre, own @ rotation.mT

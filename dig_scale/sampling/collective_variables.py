@@ -20,6 +20,7 @@ from torch import Tensor
 from dig_scale.batch import Context, Geometry
 from dig_scale.config_properties import PREDICTOR
 from dig_scale.errors import UserError
+from dig_scale.geometry.rotations import nearest_rotations
 from dig_scale.sampling.guidance import Property
 
 _TINY = 1e-12
@@ -200,14 +201,11 @@ def _chosen(geometry: Geometry, context: Context, sites: tuple[int, ...] | None)
 
 
 def _best_rotation(mobile: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Proper rotations [B, 3, 3] for which mobile @ R lies best on target (Kabsch 1978).
+    """Proper rotations [B, 3, 3] for which mobile @ R lies best on target.
 
     At the best rotation the distance does not change with it to first order, so no gradient passes through here.
     """
-    u, _, vh = torch.linalg.svd((weight * mobile).mT @ target)
-    sign = torch.ones_like(u[..., 0])
-    sign[..., 2] = torch.where(torch.linalg.det(u @ vh) < 0, -1.0, 1.0).to(sign.dtype)
-    return (u * sign.unsqueeze(-2)) @ vh
+    return nearest_rotations((weight * mobile).mT @ target)
 
 
 def _length(vectors: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dig_scale.diffusion.composition import Composition
 from dig_scale.diffusion.euclidean import VariancePreserving
 from dig_scale.errors import UserError
 from dig_scale.geometry.lattice import wrap
+from dig_scale.geometry.rotations import nearest_rotations
 
 Values = Mapping[str, Tensor]
 """The fields of a state by name, float64; rotations [B, N, 3, 3]."""
@@ -140,12 +141,6 @@ def on_manifold(values: Values, like: State) -> State:
             value = wrap(value)
         found[name] = value.to(reference.dtype)
     return State(**found)
-
-
-def nearest_rotations(matrices: Tensor) -> Tensor:
-    """The rotations [..., 3, 3] nearest to matrices of positive determinant."""
-    u, _, vh = torch.linalg.svd(matrices)
-    return u @ vh
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from dig_scale.diffusion.rotation import RotationProcess
 from dig_scale.errors import UserError
 from dig_scale.geometry import rotations
 from dig_scale.geometry.lattice import symmetric_coordinates
-from dig_scale.sampling.flow import Integration, from_latent, nearest_rotations, to_latent
+from dig_scale.geometry.rotations import nearest_rotations
+from dig_scale.sampling.flow import Integration, from_latent, to_latent
 from dig_scale.sampling.likelihood import (
     Exact,
     Hutchinson,

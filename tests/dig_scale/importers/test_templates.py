@@ -8,11 +8,11 @@ import gemmi
 import numpy as np
 import pytest
 
-from dig_scale.config import TEMPLATE_FEATURES
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import read_backbone
 from dig_scale.importers.representations import represented
 from dig_scale.importers.templates import CENTRES, template_features
+from dig_scale.template_layout import TEMPLATE_FEATURES
 
 
 def without(source: Path, target: Path, residue: int, name: str | None = None) -> Path:

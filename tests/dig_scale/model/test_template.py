@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dig_scale.batch import Context, Geometry
-from dig_scale.config import TEMPLATE_FEATURES, Model
+from dig_scale.config import Model
 from dig_scale.geometry.rotations import random_rotations
 from dig_scale.model.features import featurise
-from dig_scale.model.template import LENGTH, PLACES, TURNS, laid_template
+from dig_scale.model.template import laid_template
+from dig_scale.template_layout import LENGTH, PLACES, TEMPLATE_FEATURES, TURNS
 from tests.kinds import case, doubled, lively_model
 
 NOISE = torch.full((3,), 0.7).double()
