@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from dig_scale.evaluation import pictures
 from dig_scale.evaluation.kinds.evaluation import KindEvaluation
 from dig_scale.evaluation.report import HTML_NAME, JSON_NAME, Number, templates, write_json
@@ -28,6 +26,7 @@ def write_kind_report(evaluation: KindEvaluation, out: Path) -> Path:
     content = numbers(evaluation)
     write_json(content, out)
     sections = evaluation.findings.sections
+    drawn = [one.figure and pictures.png_of(one.figure) for one in sections]
     page = out / HTML_NAME
     page.write_text(
         templates()
@@ -36,12 +35,11 @@ def write_kind_report(evaluation: KindEvaluation, out: Path) -> Path:
             report=content,
             number=Number(content),
             titles=DISTANCE_TITLES,
-            pictures=[(one.figure and pictures.as_png(one.figure), one.caption) for one in sections],
+            pictures=[(png and pictures.png_uri(png), one.caption) for png, one in zip(drawn, sections, strict=True)],
         )
     )
-    drawn: list[Figure] = [one.figure for one in sections if one.figure is not None]
-    if drawn:
-        drawn[0].savefig(out / SUMMARY_NAME, format="png", dpi=150, facecolor="white")
+    if first := next(filter(None, drawn), None):
+        (out / SUMMARY_NAME).write_bytes(first)
     return page
 
 

@@ -125,11 +125,21 @@ def summary_picture(evaluation: Evaluation, path: Path) -> Path:
     return path
 
 
-def as_png(figure: Figure) -> str:
-    """The figure as a PNG data URI."""
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=170, facecolor="white")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def as_png(figure: Figure) -> str:
+    """The figure as a PNG data URI."""
+    return png_uri(png_of(figure))
+
+
+def png_uri(png: bytes) -> str:
+    """A PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def as_svg(figure: Figure) -> str:

@@ -6,7 +6,7 @@ several systems, those of the ensemble's own system are taken, else those of its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,11 +55,18 @@ def target_temperature(ensemble: Ensemble) -> float | None:
     return None
 
 
-def reference_for(ensemble: Ensemble, source: Path, file: ReferenceFile | None) -> ReferenceFrames:
+def stored_systems(source: Path) -> dict[Path, System]:
+    """The trajectory stores in a folder and the system of each, for those who look for the references of many systems."""
+    return {path: read_trajectory_system(path) for path in find_trajectories(source)}
+
+
+def reference_for(
+    ensemble: Ensemble, source: Path, file: ReferenceFile | None, stores: Mapping[Path, System] | None = None
+) -> ReferenceFrames:
     """The reference of an ensemble: its system, at its temperature, as residue frames where it has these."""
     from dig_scale.importers.backbone import backbone_of
 
-    found = reference_frames(source, file, target_temperature(ensemble), ensemble.system)
+    found = reference_frames(source, file, target_temperature(ensemble), ensemble.system, stores)
     if ensemble.rotations is None or all(frames.rotations is not None for frames in found.frames):
         return found
     pairs = [backbone_of(found.system, frames) for frames in found.frames]
@@ -67,14 +74,21 @@ def reference_for(ensemble: Ensemble, source: Path, file: ReferenceFile | None) 
 
 
 def reference_frames(
-    source: Path, file: ReferenceFile | None, temperature: float | None, wanted: System | None = None
+    source: Path,
+    file: ReferenceFile | None,
+    temperature: float | None,
+    wanted: System | None = None,
+    stores: Mapping[Path, System] | None = None,
 ) -> ReferenceFrames:
-    """Trajectories from a folder or file of our own store, or with `file` from one that MDTraj reads; of `wanted`, if given."""
+    """Trajectories from a folder or file of our own store, or with `file` from one that MDTraj reads; of `wanted`, if given.
+
+    `stores` is stored_systems(source) where the caller has it.
+    """
     if not source.exists():
         raise UserError(f"no reference at {source}: give a folder of trajectories, a .zarr, or a trajectory file")
     if file is not None or source.is_file():
         return _from_file(source, file, temperature)
-    paths = _of_system(find_trajectories(source), wanted)
+    paths = _of_system(stored_systems(source) if stores is None else stores, wanted)
     kelvins = {path: trajectory_origin(path).get("temperature_K") for path in paths}
     target = temperature if temperature is not None else _only(set(kelvins.values()), source)
     chosen = [
@@ -94,14 +108,13 @@ def reference_frames(
     )
 
 
-def _of_system(paths: Sequence[Path], wanted: System | None) -> list[Path]:
+def _of_system(systems: Mapping[Path, System], wanted: System | None) -> list[Path]:
     """The stores of a system, else those of its name, else all."""
-    if wanted is None or len(paths) == 1:
-        return list(paths)
-    systems = {path: read_trajectory_system(path) for path in paths}
+    if wanted is None:
+        return list(systems)
     named = [path for path, system in systems.items() if system.name == wanted.name]
     own = [path for path in named if systems[path].system_id == wanted.system_id]
-    return own or named or list(paths)
+    return own or named or list(systems)
 
 
 def _only(kelvins: set[float | None], source: Path) -> float | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dig_scale.stages.reweight import told_states
 
 if TYPE_CHECKING:
     from dig_scale.evaluation.reference_files import ReferenceFile, ReferenceFrames
+    from dig_scale.system import System
 
 
 def evaluate_stage(
@@ -28,7 +30,7 @@ def evaluate_stage(
     with stage("evaluate") as report:
         if folders:
             return _evaluated_each(folders, reference, settings, out, report)
-        page = _evaluated(source, reference, settings, out, file)
+        page = _evaluated(source, _Given(reference, file), settings, out)
         report(1, 1, str(page))
     return page
 
@@ -36,13 +38,15 @@ def evaluate_stage(
 def _evaluated_each(folders: Sequence[Path], reference: Path, settings: Evaluate, out: Path, report: Reporter) -> Path:
     """Reports of several ensembles and their overview; one that cannot be compared is named there, if any can."""
     from dig_scale.evaluation.kind_report import write_overview
+    from dig_scale.evaluation.reference_files import stored_systems
 
+    given = _Given(reference, stores=stored_systems(reference) if reference.is_dir() else None)
     pages: dict[str, Path] = {}
     failed: dict[str, UserError] = {}
     for number, folder in enumerate(folders):
         report(number, len(folders), f"{folder.name}, {number + 1} of {len(folders)} systems")
         try:
-            pages[folder.name] = _evaluated(folder, reference, settings, out / folder.name, None)
+            pages[folder.name] = _evaluated(folder, given, settings, out / folder.name)
         except UserError as error:
             failed[folder.name] = error
     if not pages:
@@ -52,7 +56,16 @@ def _evaluated_each(folders: Sequence[Path], reference: Path, settings: Evaluate
     return page
 
 
-def _evaluated(source: Path, reference: Path, settings: Evaluate, out: Path, file: ReferenceFile | None) -> Path:
+@dataclass(frozen=True)
+class _Given:
+    """Where reference trajectories are: a folder or file, what a file does not say, the systems of a folder where known."""
+
+    source: Path
+    file: ReferenceFile | None = None
+    stores: Mapping[Path, System] | None = None
+
+
+def _evaluated(source: Path, reference: _Given, settings: Evaluate, out: Path) -> Path:
     """The report of one ensemble: of its kind, or of a molecule's torsions; with the states that it was reweighted between."""
     ensemble = read_ensemble(source)
     settings = _with_states(settings, source)
@@ -62,10 +75,10 @@ def _evaluated(source: Path, reference: Path, settings: Evaluate, out: Path, fil
     from dig_scale.evaluation.reference_files import reference_for
     from dig_scale.evaluation.side_by_side import reference_of
 
-    found = reference_for(ensemble, reference, file)
+    found = reference_for(ensemble, reference.source, reference.file, reference.stores)
     if comparison_of(ensemble) is None:
-        return _evaluated_by_torsions(ensemble, found, reference.name, settings, out)
-    data = reference_of(found.system, found.frames, found.temperature, reference.name)
+        return _evaluated_by_torsions(ensemble, found, reference.source.name, settings, out)
+    data = reference_of(found.system, found.frames, found.temperature, reference.source.name)
     return write_kind_report(evaluate_kind(ensemble, data, settings), out)
 
 
