@@ -21,9 +21,6 @@ from benchmarks.physics_molecule import ablation_rows, cost_rows, density_rows, 
 from benchmarks.physics_toys import EXERCISES, rows_of
 from benchmarks.rows import Row, note, run_parts
 
-ENERGY_STEPS = 2500
-"""Of training on energies alone, as `python -m benchmarks.physics_toys` takes by itself."""
-
 Part = Callable[[Path], list[Row]]
 
 
@@ -40,7 +37,7 @@ def costed(name: str, part: Part) -> Part:
 
 def energy_alone_rows() -> list[Row]:
     """Toys learned from their energy alone."""
-    return [row for exercise in EXERCISES for row in rows_of(exercise, ENERGY_STEPS, lambda line: None)]
+    return [row for exercise in EXERCISES for row in rows_of(exercise)]
 
 
 TOYS: dict[str, Part] = {

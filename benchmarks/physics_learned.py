@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rows import Row, at_least, at_most, note
+from benchmarks.toy_networks import FourierPerceptron, trained
 from dig_scale.batch import Batch, Context, Geometry, Score, ScoreFn, State
 from dig_scale.config import Diffusion
 from dig_scale.objectives.denoising import denoising_loss, draw_times
@@ -28,7 +29,7 @@ KT = 15.0
 SCHEDULE = Diffusion(schedule="log-linear", noise_min=0.01, noise_max=50.0)
 FRAMES = 100_000
 """Exact samples that the network learns from."""
-STEPS, BATCH, LEARNING_RATE = 4000, 1024, 3e-3
+STEPS, BATCH = 4000, 1024
 DRAWN, WEIGHED = 20_000, 4000
 """Samples whose basins are counted, and those of them whose densities are taken."""
 INTEGRATION = Integration(rtol=1e-4, atol=1e-4)
@@ -47,69 +48,44 @@ class ToyScore(nn.Module):
     the density; the coordinates behind them are standard normals, whose answer is 0.
     """
 
-    waves: Tensor
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, mean: Tensor, variance: Tensor, width: int = 128, features: int = 48) -> None:
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        size = torch.exp(torch.rand(features, 1, generator=generator) * math.log(16.0)) * 0.5
-        direction = nn.functional.normalize(torch.randn(features, len(mean), generator=generator), dim=1)
-        self.register_buffer("waves", size * direction)
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.net = nn.Sequential(
-                nn.Linear(2 * features + len(mean) + 1, width),
-                nn.SiLU(),
-                nn.Linear(width, width),
-                nn.SiLU(),
-                nn.Linear(width, width),
-                nn.SiLU(),
-                nn.Linear(width, len(mean)),
-            )
+        self.net = FourierPerceptron(len(mean), len(mean) + 1, len(mean), width=128)
 
     def forward(self, geometry: Geometry, context: Context, noise: Tensor) -> Score:
         """Answers [B, 1, 3]."""
         level = noise.unsqueeze(1).to(self.mean)
         own = geometry.positions[:, 0, : len(self.mean)].to(self.mean) - self.mean
-        phase, damping = own @ self.waves.mT, torch.exp(-0.5 * level**2 * (self.waves**2).sum(1))
         scaled = own / torch.sqrt(self.variance + level**2)
-        answer = self.net(torch.cat([scaled, 0.25 * torch.log(level), damping * phase.sin(), damping * phase.cos()], 1))
+        answer = self.net(own, level**2, torch.cat([scaled, 0.25 * torch.log(level)], dim=1))
         found = nn.functional.pad(answer, (0, 3 - len(self.mean)))
         return Score(positions=found.unsqueeze(1).to(geometry.positions))
 
 
 def learned(system: ToySystem, own: Tensor) -> ScoreFn:
-    """The score of a network trained on exact samples [S, d] of the toy: AdamW, one cycle of learning rates, averaged
-    weights."""
+    """The score of a network trained on exact samples [S, d] of the toy."""
     generator = torch.Generator().manual_seed(0)
     frames = system.state(
         torch.cat([own, torch.randn(len(own), 3 - own.shape[1], generator=generator)], dim=1)
     ).positions
     assert frames is not None
     network = ToyScore(own.mean(0), own.var(0))
-    averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
-    for _ in range(STEPS):
+
+    def loss_of(_step: int) -> Tensor:
         rows = torch.randint(len(frames), (BATCH,), generator=generator)
         batch = Batch(State(frames[rows]), system.context, ("Mueller-Brown",))
         t = draw_times(BATCH, "antithetic", generator)
         normals = torch.randn(BATCH, system.composition.normals(system.context), generator=generator)
         noise = system.composition.noise(normals, system.context)
-        loss = denoising_loss(network, system.composition, batch, t, noise).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(network)
-    return system.composition.as_score_fn(averaged.module.requires_grad_(False))
+        return denoising_loss(network, system.composition, batch, t, noise).mean()
+
+    averaged = trained(network, loss_of, STEPS, average=0.998)
+    return system.composition.as_score_fn(averaged.requires_grad_(False))
 
 
 def own_samples(system: ToySystem, score_fn: ScoreFn, count: int) -> State:

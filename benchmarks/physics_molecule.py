@@ -18,6 +18,7 @@ from benchmarks.rows import Row, at_least, at_most, note
 from benchmarks.walk import dig_scale, timed
 from dig_scale.ensemble import Ensemble, read_ensemble
 from dig_scale.evaluation.validity import BOND, STEREO, Validity, validity
+from dig_scale.geometry.alignment import aligned_rmsd
 
 PHI, PSI = "dihedral:4,6,8,14", "dihedral:6,8,14,16"
 LEFT, RIGHT = f"left:{PHI}:-180:0", f"right:{PHI}:0:180"
@@ -124,7 +125,7 @@ def path_rows(runs: Path) -> list[Row]:
     dig_scale("interpolate", *ends, "--model", model, "--frames", 41, "--out", out / "frames")
     found = read_ensemble(out / "frames")
     ends_off = [
-        _rmsd(found.positions[frame], frames.positions[_nearest(frames, place)])
+        float(aligned_rmsd(found.positions[frame], frames.positions[_nearest(frames, place)]))
         for frame, place in ((0, C7_EQUATORIAL), (-1, C7_AXIAL))
     ]
     broken = _failing(validity(found), BOND) * found.n_samples
@@ -152,6 +153,7 @@ def _nearest(frames: Ensemble, place: tuple[float, float]) -> int:
 
 
 def _torsion(frames: Ensemble, prop: str) -> np.ndarray:
+    """Degrees, by a library that guides nothing."""
     import mdtraj
 
     sites = [int(site) for site in prop.partition(":")[2].split(",")]
@@ -161,14 +163,6 @@ def _torsion(frames: Ensemble, prop: str) -> np.ndarray:
 
 def _around(degrees: np.ndarray) -> np.ndarray:
     return (degrees + 180) % 360 - 180
-
-
-def _rmsd(one: np.ndarray, two: np.ndarray) -> float:
-    """Å, superposed."""
-    import mdtraj
-
-    pair = mdtraj.Trajectory(np.stack([one, two]) / 10, None)
-    return float(10 * mdtraj.rmsd(pair, pair, 1)[0])
 
 
 def cost_rows(runs: Path) -> list[Row]:

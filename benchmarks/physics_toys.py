@@ -1,26 +1,20 @@
 """Toys learned from their energy alone (physics-informed pre-training, no equilibrium data), judged by Jensen-Shannon
-divergence to the exact density.
+divergence to the exact density: rows of benchmarks/physics.py.
 
 Candidates are short random walks, 2 and 3 times too warm and not equilibrated. The network is a plain multilayer
 perceptron for the log-density, behind the same Composition, equation and solvers as any molecule.
-
-    python -m benchmarks.physics_toys --json FILE
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rows import Row, at_most, note, publish
+from benchmarks.rows import Row, at_most, note
+from benchmarks.toy_networks import FourierPerceptron, trained
 from dig_scale.batch import Batch, Context, ScoreFn, State
 from dig_scale.config import Diffusion, PhysicsInformed
 from dig_scale.objectives.log_density import LogDensityFn, log_density_informed_loss, log_partition, score_of
@@ -43,7 +37,7 @@ JS_BAR = 0.02
 """nat."""
 SCHEDULE = Diffusion(schedule="log-linear", noise_min=0.01, noise_max=10.0)
 SETTINGS = PhysicsInformed(batch=512, probes=None, length=0.3, boundary_huber=1.0, fokker_planck_huber=1.0)
-LEARNING_RATE = 3e-3
+STEPS = 2500
 GROWTH = 0.6
 """Share of the steps after which all noise levels are trained."""
 _SCALE = 5.0
@@ -74,39 +68,23 @@ class ToyDensity(nn.Module):
     damped by noise as the density is.
     """
 
-    waves: Tensor
     levels: Tensor
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, mean: Tensor, variance: Tensor, width: int = 96, features: int = 48, seed: int = 0) -> None:
+    def __init__(self, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        size = torch.exp(torch.rand(features, 1, generator=generator) * math.log(16.0)) * 0.5
-        direction = nn.functional.normalize(torch.randn(features, len(mean), generator=generator), dim=1)
-        self.register_buffer("waves", size * direction)
         self.register_buffer("levels", torch.tensor([0.03, 0.1, 0.3, 1.0, 3.0]))
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = nn.Sequential(
-                nn.Linear(2 * features + len(mean) + len(self.levels), width),
-                nn.SiLU(),
-                nn.Linear(width, width),
-                nn.SiLU(),
-                nn.Linear(width, width),
-                nn.SiLU(),
-                nn.Linear(width, 1),
-            )
+        self.net = FourierPerceptron(len(mean), len(mean) + len(self.levels), 1, width=96)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         """[B]."""
         n2, d = noise.unsqueeze(1) ** 2, len(self.mean)
         own, rest = x[:, :d] - self.mean, x[:, d:]
-        phase, damping = own @ self.waves.mT, torch.exp(-0.5 * n2 * (self.waves**2).sum(1))
-        inputs = [own / torch.sqrt(self.variance + n2), n2 / (n2 + self.levels**2)]
-        answer = self.net(torch.cat([*inputs, damping * phase.sin(), damping * phase.cos()], dim=1)).squeeze(1)
+        scaled = torch.cat([own / torch.sqrt(self.variance + n2), n2 / (n2 + self.levels**2)], dim=1)
+        answer = self.net(own, n2, scaled).squeeze(1)
         return _normal(own, self.variance + n2) + _normal(rest, 1 + n2) + _SCALE * answer
 
 
@@ -150,35 +128,21 @@ def candidates_of(system: ToySystem, exercise: Exercise, count: int, seed: int) 
     return Candidates(batch, State(gradient[kept]), (energy - energy.min()).detach()[kept])
 
 
-def learn(
-    system: ToySystem, exercise: Exercise, candidates: Candidates, steps: int, report: Callable[[str], None]
-) -> ToyDensity:
+def learn(system: ToySystem, exercise: Exercise, candidates: Candidates) -> ToyDensity:
     """A network trained on the energy alone: noise grows over the first part of the steps, so that the equation always
-    carries on from what is learned already. AdamW, one cycle of learning rates, averaged weights."""
+    carries on from what is learned already."""
     places = candidates.batch.state.positions
     assert places is not None
     own = system.coordinates(places)[:, : exercise.toy.dimension]
     network = ToyDensity(own.mean(0), own.var(0))
-    averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    log_density = log_density_of(system, network)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
+    log_density, generator = log_density_of(system, network), torch.Generator().manual_seed(0)
+
+    def loss_of(step: int) -> Tensor:
         part = drawn(candidates, SETTINGS.batch, generator)
-        draws = physics_draws(system, part, min(1.0, 0.05 + step / (GROWTH * steps)), generator)
-        loss = log_density_informed_loss(log_density, system.composition, part, draws, SETTINGS).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        averaged.update_parameters(network)
-        if step % 250 == 0:
-            report(f"  step {step}: loss {float(loss.detach()):.5f}")
-    return cast(ToyDensity, averaged.module)
+        draws = physics_draws(system, part, min(1.0, 0.05 + step / (GROWTH * STEPS)), generator)
+        return log_density_informed_loss(log_density, system.composition, part, draws, SETTINGS).mean()
+
+    return trained(network, loss_of, STEPS, average=0.995)
 
 
 def drawn(candidates: Candidates, count: int, generator: torch.Generator) -> Candidates:
@@ -252,15 +216,14 @@ def exact_histogram(exercise: Exercise, fine: int = 8) -> Tensor:
     return shares / shares.sum()
 
 
-def rows_of(exercise: Exercise, steps: int, report: Callable[[str], None]) -> list[Row]:
+def rows_of(exercise: Exercise) -> list[Row]:
     """Train on the energy, sample, and judge."""
     system = toy_system(exercise.toy, SCHEDULE)
     start = time.process_time()
     candidates = candidates_of(system, exercise, 8192, seed=1)
     places, energy = candidates.batch.state.positions, candidates.reduced_energy
     assert places is not None and energy is not None
-    report(f"{exercise.name}: {len(places)} candidates")
-    network = learn(system, exercise, candidates, steps, report)
+    network = learn(system, exercise, candidates)
     seconds = time.process_time() - start
     width = exercise.toy.dimension
     score_fn = score_of(log_density_of(system, network), system.composition)
@@ -275,21 +238,3 @@ def rows_of(exercise: Exercise, steps: int, report: Callable[[str], None]) -> li
         note(f"{exercise.name}: JS of the candidates", jensen_shannon(crude, exact), "nat"),
         note(f"{exercise.name}: training", seconds, "CPU s"),
     ]
-
-
-def main() -> None:
-    """Run all exercises."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
-    rows = []
-    for exercise in EXERCISES:
-        if arguments.only in exercise.name:
-            rows += rows_of(exercise, arguments.steps, lambda line: print(line, flush=True))
-    publish(rows, arguments.json)
-
-
-if __name__ == "__main__":
-    main()
