@@ -234,17 +234,17 @@ def sample(
         refuse({"num": num}, "and --valid are two ways to say how many: give one")
         given["num"] = valid
     from dig_scale.model.checkpoint import load_checkpoint
+    from dig_scale.serving.served import require_wanted, wanted_by
     from dig_scale.stages.sample import shared_out
 
-    defaults = load_checkpoint(checkpoint).recipe.sample
+    recipe = load_checkpoint(checkpoint).recipe
     given |= trained
     if condition:
-        given["conditions"] = defaults.conditions | dict(_condition(text) for text in condition)
-    given |= cli_properties.with_wishes(defaults, guides, steers)
+        given["conditions"] = recipe.sample.conditions | dict(_condition(text) for text in condition)
+    given |= cli_properties.with_wishes(recipe.sample, guides, steers)
     chosen = {key: value for key, value in given.items() if value is not None}
-    settings = _sample_settings(defaults.model_dump() | chosen)
-    if guidance not in (None, 1.0) and not settings.conditions:
-        raise UserError(f"--guidance {guidance:g} towards nothing: ask for a property with --condition NAME=VALUE")
+    settings = _sample_settings(recipe.sample.model_dump() | chosen)
+    require_wanted(recipe, wanted_by(settings, guidance=guidance))
     if valid is not None and settings.steer is not None:
         raise UserError(
             "--valid draws until there are enough, and steered samples come in whole populations: give --num"

@@ -5,7 +5,7 @@ In: files of the user. Out: trajectory stores and folders that the other command
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -130,11 +130,15 @@ def relabel(
     ] = None,
 ) -> None:
     """Compute energies and forces of stored frames again with a better method."""
-    from dig_scale.stages.data import evenly_spread, relabel_stage
+    from dig_scale.records import evenly_spread
+    from dig_scale.stages.data import relabel_stage
 
     if (frames is None) == (stride is None):
         raise UserError("give --frames N or --stride K: which frames of each trajectory to compute")
-    chosen = evenly_spread(frames) if frames is not None else lambda count: range(0, count, stride or 1)
+
+    def chosen(count: int) -> Sequence[int]:
+        return range(0, count, stride) if stride else evenly_spread(count, frames or count).tolist()
+
     for store in relabel_stage(trajectories, chosen, _calculator(calculator, method, settings or []), out, actors):
         typer.echo(f"trajectory: {store}")
 

@@ -51,6 +51,11 @@ _BLOCKS_PER_SPLIT = 4
 PackProgress = Callable[[int, int], None]
 
 
+def evenly_spread(count: int, at_most: int) -> np.ndarray:
+    """Indices [n] int64 of at most so many of `count` frames, evenly spread, first and last among them."""
+    return np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64)
+
+
 def field_specs(n_sites: int, names: Sequence[str]) -> tuple[FieldSpec, ...]:
     """Declarations of `names` among positions, energy, forces for a system of `n_sites`; raises UserError on another."""
     known = {

@@ -243,11 +243,6 @@ def joined(parts: Sequence[Frames]) -> Frames:
     )
 
 
-def spread_out(count: int, at_most: int) -> np.ndarray:
-    """Indices [n] of at most so many of `count` frames, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
-
-
 def in_words(headline: Headline) -> str:
     """One sentence that says how the model's distance compares with its yardsticks."""
     model, halves, floor = (headline.distances.get(name) for name in DISTANCE_TITLES)

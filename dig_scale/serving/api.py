@@ -44,6 +44,7 @@ from dig_scale.serving.served import (
     load_served_model,
     require_wanted,
     rows_that_fit,
+    wanted_by,
 )
 from dig_scale.serving.stream import Reading, SampleStream
 from dig_scale.serving.worker import Event, Worker, WorkerStoppedError
@@ -173,10 +174,7 @@ def _model_summary(service: Service) -> ModelSummary:
 
 def _wanted(model: ServedModel, body: SamplesRequest) -> Wanted:
     """The properties of a request, or the checkpoint's own; raises RequestError for those it does not know."""
-    defaults = model.recipe.sample
-    conditions = defaults.conditions if body.conditions is None else body.conditions
-    unsaid = defaults.guidance if conditions else 1.0
-    wanted = Wanted(conditions, unsaid if body.guidance is None else body.guidance)
+    wanted = wanted_by(model.recipe.sample, body.conditions, body.guidance)
     try:
         require_wanted(model.recipe, wanted)
     except UserError as error:

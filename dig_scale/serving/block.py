@@ -7,6 +7,7 @@ what is of every sample, as parts of ensembles keep them. Knows no files of samp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,7 @@ def draw_block(
     score_fn = _guided(bench, settings, predictor)  # not under inference mode: gradients pass through what it holds
     with torch.inference_mode():
         if settings.steer is None:
-            solver = solver_named(settings.solver)
-            state = sample(score_fn, bench.composition, bench.context, solver, settings.steps, settings.seed, rows)
-            return _arrays(bench, state)
+            return _plain(replace(bench, score_fn=score_fn), settings, rows)
         steered = _steered(bench, score_fn, settings, rows)
         return _arrays(bench, steered.state) | _weights(steered)
 
@@ -60,11 +59,9 @@ def draw_blocks(
 ) -> list[dict[str, np.ndarray]]:
     """The plain samples of several systems of one kind and number of sites as one batch, for each what draw_block gives."""
     context = collate([bench.context for bench, index in zip(benches, indices, strict=True) for _ in index])
-    first, rows = benches[0], torch.as_tensor(np.concatenate(indices), device=benches[0].context.present.device)
+    rows = torch.as_tensor(np.concatenate(indices), device=context.present.device)
     with torch.inference_mode():
-        solver = solver_named(settings.solver)
-        state = sample(first.score_fn, first.composition, context, solver, settings.steps, settings.seed, rows)
-        arrays = {name: x.float().cpu().numpy() for name, x in first.composition.arrays(state, context).items()}
+        arrays = _plain(replace(benches[0], context=context), settings, rows)
     ends = np.cumsum([len(index) for index in indices])
     return [
         {name: x[end - len(index) : end] for name, x in arrays.items()}
@@ -88,6 +85,13 @@ def _steered(bench: Bench, score_fn: ScoreFn, settings: Sample, rows: Tensor) ->
     potential, steering = steering_from(settings.steer, bench.system)
     run = Run(solver_named(settings.solver), settings.steps, settings.seed, rows)
     return steer(score_fn, bench.composition, bench.context, potential, steering, run)
+
+
+def _plain(bench: Bench, settings: Sample, rows: Tensor) -> dict[str, np.ndarray]:
+    solver = solver_named(settings.solver)
+    return _arrays(
+        bench, sample(bench.score_fn, bench.composition, bench.context, solver, settings.steps, settings.seed, rows)
+    )
 
 
 def _arrays(bench: Bench, state: State) -> dict[str, np.ndarray]:

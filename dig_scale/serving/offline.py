@@ -34,11 +34,11 @@ from dig_scale.serving.processes import process_count, processes
 from dig_scale.serving.served import (
     Benches,
     ServedModel,
-    Wanted,
     best_device,
     load_served_model,
     require_wanted,
     rows_that_fit,
+    wanted_by,
 )
 from dig_scale.system import System
 
@@ -72,7 +72,7 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
     first = wanted[0]
     model = load_served_model(first.checkpoint, torch.device("cpu"))
     predictor = load_predictor(first.settings.guide, torch.device("cpu"))
-    require_wanted(model.recipe, wanted_properties(first.settings))
+    require_wanted(model.recipe, wanted_by(first.settings))
     for draws in wanted:
         _require_fit(predictor, draws, model)
         require_features(draws.system, model.recipe.model)
@@ -81,11 +81,6 @@ def sample_ensembles(wanted: Sequence[Draws], progress: OnSamples | None = None)
     plans = [_plan(draws, model, predictor) for draws in wanted]
     _draw_missing(plans, progress)
     return [_finished(plan, model) for plan in plans]
-
-
-def wanted_properties(settings: Sample) -> Wanted:
-    """The properties that these settings ask for; a recipe's guidance waits for a wish."""
-    return Wanted(settings.conditions, settings.guidance if settings.conditions else 1.0)
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def _finished(plan: _Plan, model: ServedModel) -> Ensemble:
 
 
 def _identity(draws: Draws, checkpoint_id: str, predictor: ServedPredictor | None) -> dict[str, Any]:
-    settings, wanted = draws.settings, wanted_properties(draws.settings)
+    settings, wanted = draws.settings, wanted_by(draws.settings)
     evaluations = solver_named(settings.solver).evaluations_per_step * wanted.evaluations
     identity: dict[str, Any] = {
         "checkpoint": checkpoint_id,
@@ -271,7 +266,7 @@ _bound: list[_Bound] = []
 def _start_worker(draws: Draws) -> None:
     device = best_device()
     model, predictor = load_served_model(draws.checkpoint, device), load_predictor(draws.settings.guide, device)
-    _bound[:] = [_Bound(Benches(model, wanted_properties(draws.settings)), draws.settings, predictor)]
+    _bound[:] = [_Bound(Benches(model, wanted_by(draws.settings)), draws.settings, predictor)]
 
 
 def _draw_load(load: Sequence[_Block]) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dig_scale.batch import Context, ScoreFn
-from dig_scale.config import Recipe
+from dig_scale.config import Recipe, Sample
 from dig_scale.diffusion.composition import Composition, composition_for, require_sites
 from dig_scale.errors import UserError
 from dig_scale.model.checkpoint import FILE_NAME, build_score_model, load_checkpoint
@@ -116,6 +116,13 @@ def build_bench(model: ServedModel, system: System, wanted: Wanted = ANYTHING) -
     if wanted.conditions:
         score_fn = classifier_free(score_fn, wanted.guidance)
     return Bench(system, system.system_id, context, composition, score_fn)
+
+
+def wanted_by(settings: Sample, conditions: Mapping[str, float] | None = None, guidance: float | None = None) -> Wanted:
+    """The properties that settings ask for, or a request in their place; the guidance of settings waits for a wish."""
+    asked = settings.conditions if conditions is None else conditions
+    unsaid = settings.guidance if asked else 1.0
+    return Wanted(asked, unsaid if guidance is None else guidance)
 
 
 def require_wanted(recipe: Recipe, wanted: Wanted) -> None:

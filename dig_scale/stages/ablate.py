@@ -27,7 +27,7 @@ from dig_shards.manifest import TRAIN, load_manifest
 from dig_scale import records
 from dig_scale.config import Ablate, Pack, PhysicsInformed, Recipe, Train
 from dig_scale.errors import UserError
-from dig_scale.stages.data import evenly_spread, simulate_stage
+from dig_scale.stages.data import simulate_stage
 from dig_scale.stages.evaluate import evaluate_stage
 from dig_scale.stages.sample import sample_stage, shared_out
 from dig_scale.stages.train import train_stage
@@ -186,7 +186,7 @@ def _drawn(recipe: Recipe, trajectories: Path, kelvin: float, number: int, out: 
     starts = np.cumsum([0, *(frames.n_frames for _, frames in read)])
     if starts[-1] < number:
         raise UserError(f"{trajectories}: {starts[-1]} frames at {kelvin:g} K, {number} are asked for; simulate more")
-    chosen = np.asarray(evenly_spread(number)(int(starts[-1])))
+    chosen = records.evenly_spread(int(starts[-1]), number)
     for path, (system, frames), start in zip(paths, read, starts, strict=False):
         own = chosen[(chosen >= start) & (chosen < start + frames.n_frames)] - start
         if len(own):

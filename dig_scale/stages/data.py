@@ -58,17 +58,6 @@ def import_stage(recipe: Recipe, out: Path) -> None:
             report(number + 1, len(recipe.imports), f"{count} trajectories")
 
 
-def evenly_spread(number: int) -> Callable[[int], Sequence[int]]:
-    """Chooses `number` frames of any count, evenly spread, first and last among them; all where there are fewer."""
-
-    def chosen(count: int) -> Sequence[int]:
-        if number == 1 or count <= number:
-            return range(min(count, number))
-        return [round(k * (count - 1) / (number - 1)) for k in range(number)]
-
-    return chosen
-
-
 def relabel_stage(
     folders: Sequence[Path],
     choose: Callable[[int], Sequence[int]],

@@ -14,8 +14,7 @@ import numpy as np
 
 from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
-from dig_scale.records import CELL, POSITIONS, ROTATIONS
-from dig_scale.stages.data import evenly_spread
+from dig_scale.records import CELL, POSITIONS, ROTATIONS, evenly_spread
 from dig_scale.stages.sample import trained_system
 from dig_scale.system import Frames, System
 
@@ -52,7 +51,7 @@ def structures_of(source: Source, checkpoint: Path, model: ServedModel) -> Ensem
         count = len(given[POSITIONS])
         provenance = {"source": str(path), "recipe": model.recipe.model_dump(mode="json")}
         found = Ensemble(system, index=np.arange(count), seed=0, provenance=provenance, **given)
-    return found if source.num is None else found.take(np.asarray(evenly_spread(source.num)(found.n_samples), np.int64))
+    return found if source.num is None else found.take(evenly_spread(found.n_samples, source.num))
 
 
 def _of_the_model(ensemble: Ensemble, model: ServedModel) -> Ensemble:

@@ -11,12 +11,8 @@ from dig_scale.progress import duration, stage
 def train_stage(recipe: Recipe, dataset: Path, out: Path, ranks: int | None = None) -> None:
     """Train on this machine."""
     from dig_scale.training.launch import TrainingProgress, launch_ranks
-    from dig_scale.training.prior import prior_warning
 
     with stage("train") as report:
-        warning = prior_warning(recipe, dataset)
-        if warning is not None:
-            report(0, 1, f"warning: {warning}")
 
         def show(p: TrainingProgress) -> None:
             words = f"step {p.step} of {p.steps}, loss {p.loss:.4f}, {p.samples_per_s:.0f} frames/s"

@@ -18,7 +18,7 @@ from dig_scale.config import Recipe
 from dig_scale.errors import TrainingError, UserError
 from dig_scale.objectives.regression import Labels
 from dig_scale.predictions import Family, Predicted
-from dig_scale.records import ENERGY, LABEL, MISSING_LABEL
+from dig_scale.records import ENERGY, LABEL, MISSING_LABEL, evenly_spread
 from dig_scale.sampling.clean_estimate import geometry_of
 from dig_scale.sampling.collective_variables import Angle, Dihedral, property_from, require_sites
 from dig_scale.sampling.guidance import Property
@@ -121,7 +121,7 @@ def _require_there(labelling: Labelling, data: TrainingData, dataset: Path) -> N
 def _moments(labelling: Labelling, data: TrainingData, dataset: Path) -> tuple[float, float]:
     """Mean and standard deviation over training frames, evenly spread, whose label is known."""
     count = int(data.reader.n_frames)
-    ids = np.unique(np.linspace(0, count - 1, min(count, SCALE_FRAMES)).astype(np.int64))
+    ids = evenly_spread(count, SCALE_FRAMES)
     rows = data.system_of(ids)
     blocks = [
         mine[low : low + _BLOCK]

@@ -63,7 +63,7 @@ def launch_ranks(
     (out / "logs").mkdir(parents=True, exist_ok=True)
     recipe_file = out / "logs" / "recipe.json"
     recipe_file.write_text(resolved.model_dump_json())
-    follower = _Follower(out / _METRICS_FILE, progress)
+    follower = _Follower(out, progress)
     with ExitStack() as stack:
         processes = [
             _start_rank(r, environment, (recipe_file, dataset, out), stack) for r, environment in _ranks(number)
@@ -167,8 +167,13 @@ def _failure(rank: int, processes: Sequence[subprocess.Popen[bytes]], out: Path)
 
 def _own_words(log: Path) -> str | None:
     """The line a rank printed for the user."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else None
+    said = _lines_after("error: ", log)
+    return said[-1] if said else None
+
+
+def _lines_after(prefix: str, log: Path) -> list[str]:
+    lines = log.read_text(errors="replace").splitlines()
+    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
 
 
 def _last_line(log: Path) -> str:
@@ -197,14 +202,18 @@ def _gpu_count() -> int:
 
 
 class _Follower:
-    """Reads new train rows of a growing metrics.jsonl and tells `progress` the newest."""
+    """Reads new train rows of a growing metrics.jsonl and tells `progress` the newest; says what rank 0 warned of before."""
 
-    def __init__(self, path: Path, progress: OnProgress | None) -> None:
-        self._path, self._progress = path, progress
+    def __init__(self, out: Path, progress: OnProgress | None) -> None:
+        self._path, self._progress = out / _METRICS_FILE, progress
         self._seen: float = time.time()
+        self._log: Path | None = _log_file(out, 0)
 
     def advance(self) -> None:
-        """Report the newest row, if there is a new one."""
+        """Report the newest row, if there is a new one, and before the first of all, warnings."""
+        if self._log is not None and (warnings := _lines_after("warning: ", self._log)):
+            self._log = None
+            print("\n".join(f"warning: {words}" for words in warnings), file=sys.stderr)
         if self._progress is None or not self._path.is_file():
             return
         row = _newest_train_row(self._path)

@@ -48,6 +48,7 @@ from dig_scale.training.labels import labelled, predicted_by
 from dig_scale.training.launch import end_with_launcher, read_recipe
 from dig_scale.training.objective import Objective
 from dig_scale.training.physics import PhysicsData, open_candidates
+from dig_scale.training.prior import prior_warning
 from dig_scale.training.run_folder import Progress
 from dig_scale.training.stopping import StopOnSignal
 
@@ -173,6 +174,9 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
     data = open_split(dataset, TRAIN, recipe, ranks.device)
     if data is None:
         raise TrainingError(f"{dataset}: the train split has no frames; pack it again")
+    warning = prior_warning(recipe, data) if ranks.is_first else None
+    if warning is not None:
+        print(f"warning: {warning}", flush=True)
     predicts = predicted_by(recipe, data, dataset)
     validation = open_split(dataset, VALIDATION, recipe, ranks.device)
     precision = precision_of(settings, ranks.device)

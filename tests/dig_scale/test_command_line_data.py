@@ -14,8 +14,7 @@ import pytest
 
 from dig_scale import cli
 from dig_scale.ensemble import read_ensemble
-from dig_scale.records import find_trajectories, read_trajectory_frames, trajectory_origin
-from dig_scale.stages.data import evenly_spread
+from dig_scale.records import evenly_spread, find_trajectories, read_trajectory_frames, trajectory_origin
 from tests.dig_scale.model.published.published_files import (
     bioemu_config,
     bioemu_table,
@@ -300,7 +299,7 @@ def test_frames_are_relabelled_through_their_door(command: Command, tmp_path: Pa
 def test_evenly_spread_frames_are_distinct_and_reach_the_ends() -> None:
     for number in range(1, 12):
         for count in range(1, 30):
-            chosen = list(evenly_spread(number)(count))
+            chosen = evenly_spread(count, number).tolist()
             assert len(chosen) == min(number, count)
             assert chosen == sorted(set(chosen))
             assert chosen[0] == 0 and (number == 1 or chosen[-1] == count - 1)

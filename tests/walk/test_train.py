@@ -18,7 +18,7 @@ import pytest
 import torch
 from dig_shards import Cursor, ShardReader, batch_ids
 
-from dig_scale.config import Recipe
+from dig_scale.config import Diffusion, Recipe
 from dig_scale.errors import TrainingError
 from dig_scale.model.checkpoint import build_score_model, load_checkpoint
 from dig_scale.training.launch import TrainingProgress, launch_ranks
@@ -253,6 +253,14 @@ def test_loss_that_is_not_finite_stops_with_step_and_systems(pair: RankGroup, da
         RuntimeError, match=r"is (nan|inf) at step \d+, in a batch of ala2-heavy .*last checkpoint is good"
     ):
         train_in(pair, recipe, dataset, tmp_path / "run")
+
+
+def test_launcher_passes_on_a_warning(dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    too_little = Diffusion(schedule="log-linear", noise_min=0.01, noise_max=0.5)
+    launch_ranks(small_recipe(**SHORT).model_copy(update={"diffusion": too_little}), dataset, tmp_path / "run", 1)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1
+    assert "show through the noise that samples start from" in said[0]
 
 
 def test_launcher_reports_progress(resumed: Path, progress: list[TrainingProgress]) -> None:

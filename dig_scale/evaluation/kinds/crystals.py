@@ -31,10 +31,10 @@ from dig_scale.evaluation.side_by_side import (
     means_table,
     observed,
     observed_distances,
-    spread_out,
     taken,
 )
 from dig_scale.importers.crystal_duplicates import Similarity
+from dig_scale.records import evenly_spread
 from dig_scale.system import Frames, System
 
 MATCHED = 12
@@ -147,7 +147,7 @@ def _matches(system: System, sets: Sets) -> Table:
 
 
 def _some(frames: Frames, at_most: int) -> Frames:
-    return taken(frames, spread_out(frames.n_frames, at_most))
+    return taken(frames, evenly_spread(frames.n_frames, at_most))
 
 
 def _displacements(found: Mapping[str, crystals.Matches]) -> dict[str, float | None]:

@@ -29,8 +29,8 @@ from dig_scale.evaluation.side_by_side import (
     means_table,
     observed_distances,
     sets_of,
-    spread_out,
 )
+from dig_scale.records import evenly_spread
 from dig_scale.system import Frames, System
 
 POSES_CHECKED = 30
@@ -121,7 +121,7 @@ def _best_of(accuracy: poses.PoseAccuracy) -> Section:
 def _checked(system: System, samples: np.ndarray, known: np.ndarray) -> list[Section]:
     if find_spec("posebusters") is None:
         return []
-    chosen = [values[spread_out(len(values), POSES_CHECKED)] for values in (samples, known)]
+    chosen = [values[evenly_spread(len(values), POSES_CHECKED)] for values in (samples, known)]
     model, reference = (poses.posebusters_checks(system, values, depth=poses.CheckDepth.FAST) for values in chosen)
     shares = {
         name.replace("_", " "): {"model": share, "md": reference.fractions().get(name)}

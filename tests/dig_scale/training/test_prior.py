@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from dig_shards.manifest import TRAIN
 
 from dig_scale.config import Diffusion, Recipe
+from dig_scale.training.data import open_split
 from dig_scale.training.prior import prior_warning
 from tests.dig_scale.training.small_runs import small_recipe
 
@@ -18,18 +21,25 @@ def with_noise(largest: float) -> Recipe:
     return small_recipe().model_copy(update={"diffusion": diffusion})
 
 
+def warned(largest: float, dataset: Path) -> str | None:
+    recipe = with_noise(largest)
+    data = open_split(dataset, TRAIN, recipe, torch.device("cpu"))
+    assert data is not None
+    return prior_warning(recipe, data)
+
+
 def test_noise_that_hides_the_structures_needs_no_warning(dataset: Path) -> None:
-    assert prior_warning(with_noise(30.0), dataset) is None
+    assert warned(30.0, dataset) is None
 
 
 def test_the_remedy_of_the_warning_works(dataset: Path) -> None:
-    told = prior_warning(with_noise(0.5), dataset)
+    told = warned(0.5, dataset)
     assert told is not None
     wanted = re.search(r"diffusion\.noise_max = (\d+)", told)
     assert wanted is not None
-    assert prior_warning(with_noise(max(1.0, float(wanted[1]))), dataset) is None
+    assert warned(max(1.0, float(wanted[1])), dataset) is None
 
 
 def test_the_divergence_falls_with_the_square_of_the_noise(dataset: Path) -> None:
-    nats = [float(re.findall(r"\((\d+) nats\)", prior_warning(with_noise(s), dataset) or "")[0]) for s in (0.1, 0.2)]
+    nats = [float(re.findall(r"\((\d+) nats\)", warned(s, dataset) or "")[0]) for s in (0.1, 0.2)]
     assert np.log2(nats[0] / nats[1]) == pytest.approx(2, abs=0.01)
