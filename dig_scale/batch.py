@@ -10,7 +10,7 @@ arrays of Frames into a State and back, and shows the network absolute positions
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -118,24 +118,31 @@ def collate(contexts: Sequence[Context]) -> Context:
     if all(context is first for context in contexts):
         return first
     n_max = max(context.n_sites for context in contexts)
-    padded = [_pad_context(context, n_max) for context in contexts]
+    padded = [with_sites(context, n_max) for context in contexts]
     return Context(**{f.name: torch.cat([getattr(c, f.name) for c in padded]) for f in fields(Context)})
 
 
 def padded_to(contexts: Sequence[Context], n_sites: int) -> tuple[Context, ...]:
     """The contexts, each padded to n_sites."""
-    return tuple(_pad_context(context, n_sites) for context in contexts)
+    return tuple(with_sites(context, n_sites) for context in contexts)
 
 
 _SITE_AXES = {"pair_segment": 2, "path_length": 2, "bond_order": 2, "pair_reference": 2, "pair_features": 2}
 _NO_SITE_AXIS = ("free", "cell", "periodic", "condition", "known")
 
 
-def _pad_context(context: Context, n_max: int) -> Context:
-    missing = n_max - context.n_sites
-    padded = {}
+def with_sites(context: Context, n_sites: int) -> Context:
+    """The context padded to n_sites, or without the padding beyond them."""
+    missing = n_sites - context.n_sites
+    found = {}
     for f in fields(Context):
         value, axes = getattr(context, f.name), 0 if f.name in _NO_SITE_AXIS else _SITE_AXES.get(f.name, 1)
         after = [0, 0] * (value.dim() - 1 - axes)
-        padded[f.name] = pad(value, (*after, *[0, missing] * axes))
-    return Context(**padded)
+        found[f.name] = pad(value, (*after, *[0, missing] * axes))
+    return Context(**found)
+
+
+def first_sites(state: State, n_sites: int) -> State:
+    """The state without the padding beyond n_sites."""
+    kept = {name: value[:, :n_sites] for name, value in fields_of(state).items() if name != "lattice"}
+    return replace(state, **kept)

@@ -22,7 +22,7 @@ from dig_shards.manifest import TRAIN
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dig_scale.batch import Batch, Context, State, collate, padded_to
+from dig_scale.batch import Batch, Context, State, collate, first_sites, padded_to, with_sites
 from dig_scale.config import Condition, Recipe, Train
 from dig_scale.diffusion.composition import Composition, composition_for, require_sites
 from dig_scale.errors import TrainingError
@@ -51,6 +51,15 @@ class MicroBatch:
     noise: State
     composition: Composition
     labels: Labels | None = None
+
+    def trimmed(self) -> MicroBatch:
+        """Without the sites that pad every row."""
+        context = self.batch.context
+        count = int(context.present.sum(1).max())
+        if count == context.n_sites:
+            return self
+        batch = Batch(first_sites(self.batch.state, count), with_sites(context, count), self.batch.systems)
+        return replace(self, batch=batch, noise=first_sites(self.noise, count))
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on `device`; its context is expected there already."""

@@ -273,7 +273,7 @@ def _denoising(run: Run, micro: MicroBatch, window: metrics.Window) -> Tensor:
     weight = _denoising_weight(run.train)
     if weight == 0:
         return torch.zeros((), device=run.ranks.device)
-    placed = micro.to(run.ranks.device)
+    placed = micro.trimmed().to(run.ranks.device)
     losses = run.engine(placed)
     window.levels = window.levels.plus(losses, placed.t)
     window.samples += len(losses)
@@ -339,7 +339,7 @@ def _validate(run: Run, done: int, writer: metrics.MetricsWriter | None) -> None
     run.engine.module.eval()
     with zero.weights_replaced(run.engine, run.ema):
         for part in validation_batches(run.validation, run.train, run.ranks, VALIDATION_ROWS):
-            micro = part.micro.to(run.ranks.device)
+            micro = part.micro.trimmed().to(run.ranks.device)
             losses = run.engine(micro)
             levels = levels.plus(losses, micro.t) if part.weight else levels
         table_error = cast(Encoder, run.engine.module.network).pair_bias.review_table()

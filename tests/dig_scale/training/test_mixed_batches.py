@@ -172,8 +172,21 @@ def test_padding_does_not_change_a_loss(mixture: tuple[TrainingData, Recipe]) ->
         for name, value in fields_of(noise).items()
     }
     wanted = losses([StepInput(ids, (alone.micro_batch(ids, t, noise),), Cursor(0))], network)
-    found = losses([StepInput(ids, (data.micro_batch(ids, t, type(noise)(**longer)),), Cursor(0))], network)
+    padded = data.micro_batch(ids, t, type(noise)(**longer))
+    found = losses([StepInput(ids, (padded,), Cursor(0))], network)
     assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-5)
+    trimmed = padded.trimmed()
+    assert trimmed.batch.context.n_sites == n
+    assert torch.allclose(losses([StepInput(ids, (trimmed,), Cursor(0))], network), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_trimming_keeps_every_site_of_the_largest_row(mixture: tuple[TrainingData, Recipe]) -> None:
+    data, recipe = mixture
+    micro = steps(data, recipe, 1)[0].micro_batches[0]
+    rows = [int(count) for count in micro.batch.context.present.sum(1)]
+    kept = micro.trimmed()
+    assert kept.batch.context.n_sites == max(rows)
+    assert [int(count) for count in kept.batch.context.present.sum(1)] == rows
 
 
 def test_systems_with_other_periodic_directions_share_no_batch(tmp_path: Path) -> None:
