@@ -15,10 +15,11 @@ import numpy as np
 
 from dig_scale import records
 from dig_scale.ensemble import FILE_NAME as ENSEMBLE
-from dig_scale.ensemble import Ensemble, write_ensemble_file
+from dig_scale.ensemble import Ensemble, read_ensemble, write_ensemble_file
 from dig_scale.importers.backbone import full_backbone
 from dig_scale.outputs.molecules import is_small_molecule, write_pdb, write_sdf
 from dig_scale.outputs.structures import write_cif, write_extended_xyz
+from dig_scale.run_record import require_same
 from dig_scale.system import Frames
 
 TOPOLOGY, TRAJECTORY, POSES = "topology.pdb", "samples.xtc", "samples.sdf"
@@ -43,6 +44,13 @@ def write_ensemble_folder(ensemble: Ensemble, out: Path) -> Path:
 def is_complete(ensemble: Ensemble, out: Path) -> bool:
     """Whether `out` has every file of its ensemble."""
     return all((out / name).is_file() for name in (ENSEMBLE, *_writers(ensemble)))
+
+
+def require_own(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raises UserError where `out` has an ensemble of another origin than `identity`, a part of its provenance."""
+    if (out / ENSEMBLE).is_file():
+        there = read_ensemble(out).provenance
+        require_same(out, {name: there.get(name) for name in identity}, identity)
 
 
 def sample_properties(ensemble: Ensemble) -> dict[str, Sequence[Any]]:

@@ -8,7 +8,6 @@ killed run loses at most the batches under way. Knows no energies and no command
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -19,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from dig_shards.durable import replace_durably
 
 from dig_scale.errors import UserError
+from dig_scale.run_record import claim
 from dig_scale.sampling.likelihood import Hutchinson, LikelihoodSettings, log_density
 from dig_scale.serving.processes import process_count, processes
 from dig_scale.serving.served import ANYTHING, Bench, Wanted, best_device, build_bench, load_served_model, rows_that_fit
@@ -79,7 +78,7 @@ def log_densities(run: DensityRun, out: Path, progress: OnStructures | None = No
 
     Raises UserError when `out` is of another run, when a process died (run again), or when not one structure has a density.
     """
-    claim(run, out)
+    claim(out, identity_of(run))
     folder = out / PARTS
     folder.mkdir(exist_ok=True)
     count = len(run.structures.positions)
@@ -97,22 +96,8 @@ def discard_parts(out: Path) -> None:
         part.unlink()
 
 
-def claim(run: DensityRun, out: Path) -> None:
-    """Make `out` this run's folder; raises UserError where it is another's, by anything that log-densities depend on."""
-    found = _identity(run)
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "run.json"
-    if record.is_file():
-        there = json.loads(record.read_text())
-        changed = [key for key in {**there, **found} if there.get(key) != found.get(key)]
-        if changed:
-            raise UserError(f"{out} holds another run (it differs in {', '.join(changed)}): give another --out")
-        return
-    replace_durably(record, json.dumps(found, indent=1).encode())
-
-
-def _identity(run: DensityRun) -> dict[str, Any]:
-    """JSON-ready; batches and processes are not among it."""
+def identity_of(run: DensityRun) -> dict[str, Any]:
+    """What log-densities depend on, JSON-ready; batches and processes are not among it."""
     digest = hashlib.sha256()
     for name, values in run.structures.arrays.items():
         digest.update(name.encode() + np.ascontiguousarray(values).tobytes())

@@ -7,7 +7,6 @@ of indices is a file of its own, written atomically, until all are joined: a kil
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from dig_shards.durable import replace_durably
 
 from dig_scale.config import Sample
 from dig_scale.config_properties import PREDICTOR
@@ -27,6 +25,7 @@ from dig_scale.ensemble import FILE_NAME, STEERED, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.model.features import require_features
 from dig_scale.outputs.ensembles import is_complete, write_ensemble_folder
+from dig_scale.run_record import claim
 from dig_scale.sampling.solvers import solver_named
 from dig_scale.serving.block import POPULATION, draw_block, draw_blocks, require_properties
 from dig_scale.serving.predictors import ServedPredictor, guide_with, load_predictor
@@ -105,7 +104,7 @@ def _require_fit(predictor: ServedPredictor | None, draws: Draws, model: ServedM
 
 def _plan(draws: Draws, model: ServedModel, predictor: ServedPredictor | None) -> _Plan:
     identity = _identity(draws, model.checkpoint_id, predictor)
-    _claim(draws.out, identity)
+    claim(draws.out, identity)
     there = _existing(draws.out, draws.settings.num)
     have = set() if there is None else set(there.index.tolist())
     missing = np.array([i for i in range(draws.settings.num) if i not in have], np.int64)
@@ -152,20 +151,6 @@ def _identity(draws: Draws, checkpoint_id: str, predictor: ServedPredictor | Non
     if settings.steer is not None:
         identity |= {"steer": settings.steer.model_dump(mode="json"), "population": _rows(draws)}
     return identity
-
-
-def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder whose samples come from other settings; remember these otherwise."""
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / "run.json"
-    if record.is_file():
-        there = json.loads(record.read_text())
-        keys = [key for key in {**there, **identity} if there.get(key) != identity.get(key)]
-        if keys:
-            changed = "; ".join(f"{key} {there.get(key)} -> {identity.get(key)}" for key in keys)
-            raise UserError(f"{out} holds samples of another run ({changed}): give another --out")
-        return
-    replace_durably(record, json.dumps(identity, indent=1).encode())
 
 
 def _existing(out: Path, wanted: int) -> Ensemble | None:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
+from dig_scale.ensemble import Ensemble
 from dig_scale.errors import UserError
 from dig_scale.importers.crystal import crystal_system
 from dig_scale.importers.sampled import Reading, system_from_file
 from dig_scale.model.published.folder import PublishedFolder, read_published
 from dig_scale.model.published.weights import PublishedKind
-from dig_scale.outputs.ensembles import write_ensemble_folder
+from dig_scale.outputs.ensembles import require_own, write_ensemble_folder
 from dig_scale.sampling.released_atoms import Betas
 from dig_scale.serving.published import BATCH, PublishedSamples, sample_carbon, sample_slab
 from dig_scale.system import System, SystemKind
@@ -62,7 +61,7 @@ def sample_published_atoms(draws: AtomDraws) -> Ensemble:
         "seed": draws.seed,
         "samples": draws.num,
     }
-    _require_own(draws.out, identity)
+    require_own(draws.out, identity)
     samples = _drawn(published, system, draws)
     known = identity | {"cpu_seconds": time.process_time() - begin}
     ensemble = Ensemble(system, samples.positions, samples.index, samples.seed, cell=samples.cell, provenance=known)
@@ -98,15 +97,3 @@ def _drawn(published: PublishedFolder, system: System, draws: AtomDraws) -> Publ
     if published.model.kind is PublishedKind.DIG_CARBON:
         return sample_carbon(published.model, system.n_sites, draws.num, draws.seed, draws.betas, draws.batch)
     return sample_slab(published.model, system, draws.num, draws.seed, draws.betas, draws.batch)
-
-
-def _require_own(out: Path, identity: dict[str, Any]) -> None:
-    """Raises UserError where `out` holds samples of another run."""
-    there = read_ensemble(out).provenance if (out / FILE_NAME).is_file() else identity
-    other = [name for name, value in identity.items() if there.get(name) != value]
-    if other:
-        name = other[0]
-        raise UserError(
-            f"{out} holds samples of another run ({name} is {there.get(name)!r} there, {identity[name]!r} now): give another "
-            "--out"
-        )

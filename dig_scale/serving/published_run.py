@@ -20,13 +20,13 @@ import torch
 from dig_shards.durable import replace_durably
 
 from dig_scale.batch import State
-from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
+from dig_scale.ensemble import Ensemble
 from dig_scale.errors import UserError
 from dig_scale.importers.backbone import residue_chain
 from dig_scale.importers.representations import Representation, read_representation
 from dig_scale.importers.residues import THREE_LETTER
 from dig_scale.model.published.folder import PublishedFolder, read_published
-from dig_scale.outputs.ensembles import write_ensemble_folder
+from dig_scale.outputs.ensembles import require_own, write_ensemble_folder
 from dig_scale.serving.published import (
     BATCH,
     PublishedSampler,
@@ -70,7 +70,7 @@ def sample_published_folder(draws: PublishedDraws) -> Ensemble:
     start = None if draws.init_state is None else read_init_states(draws.init_state)
     num = draws.num or (DEFAULT_SAMPLES if start is None or start.positions is None else len(start.positions))
     identity = _identity(draws, published, representation, start) | {"samples": num}
-    _require_own(draws.out, identity)
+    require_own(draws.out, identity)
     system = protein_system(representation, draws.sequence)
     samples = sample_published(
         published.model.to(best_device()),
@@ -147,17 +147,3 @@ def _digest(*arrays: Any) -> str:
     for array in arrays:
         content.update(np.ascontiguousarray(array).tobytes())
     return content.hexdigest()[:16]
-
-
-def _require_own(out: Path, identity: dict[str, Any]) -> None:
-    """Raises UserError where `out` holds samples of another run."""
-    if not (out / FILE_NAME).is_file():
-        return
-    there = read_ensemble(out).provenance
-    other = [name for name, value in identity.items() if there.get(name) != value]
-    if other:
-        name = other[0]
-        raise UserError(
-            f"{out} holds samples of another run ({name} is {there.get(name)!r} there, {identity[name]!r} now): give another "
-            "--out"
-        )

@@ -8,24 +8,21 @@ A stage of the command line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dig_shards.durable import replace_durably
 
 from dig_scale.ensemble import FILE_NAME, MODEL, WINDOWS, Ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.run_record import RECORD, claim
 from dig_scale.stages.combine_windows import Part, biases_of, parts_of, same_noise, window_of
 
 if TYPE_CHECKING:
     from dig_scale.sampling.umbrella import Combined, Window
-
-_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,9 @@ def _claim(out: Path, parts: Sequence[Part]) -> None:
         "checkpoint": told["checkpoint"],
         "system_id": parts[0].ensemble.system.system_id,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    record = out / _RECORD
-    if record.is_file() and json.loads(record.read_text()) == identity:
-        return
-    if record.is_file() or (out / FILE_NAME).is_file():
-        raise UserError(f"{out} holds samples of another run, or of other windows: give another --out")
-    replace_durably(record, json.dumps(identity, indent=1).encode())
+    if (out / FILE_NAME).is_file() and not (out / RECORD).is_file():
+        raise UserError(f"{out} holds samples that were not combined: give another --out")
+    claim(out, identity)
 
 
 def _joined(parts: Sequence[Part], windows: Sequence[Window], found: Combined) -> Ensemble:

@@ -20,6 +20,7 @@ from dig_scale.config import Recipe, Simulate
 from dig_scale.ensemble import BOLTZMANN, FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
+from dig_scale.run_record import claim
 from dig_scale.stages.density_sources import Source, structures_of
 from dig_scale.system import System
 
@@ -134,9 +135,9 @@ def _wanted(ensemble: Ensemble) -> Wanted:
 
 def _with_densities(given: Ensemble, run: DensityRun, out: Path, progress: Callable[[int, int], None]) -> Ensemble:
     """The ensemble with log-densities: those that an earlier run wrote into `out`, else computed."""
-    from dig_scale.serving.densities import claim, log_densities
+    from dig_scale.serving.densities import identity_of, log_densities
 
-    claim(run, out)
+    claim(out, identity_of(run))
     if (out / FILE_NAME).is_file():
         return read_ensemble(out)
     found = log_densities(run, out, progress)

@@ -20,6 +20,7 @@ from dig_shards.durable import replace_durably
 from dig_scale.ensemble import FILE_NAME, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import Reporter, stage
+from dig_scale.run_record import RECORD
 
 if TYPE_CHECKING:
     from dig_scale.evaluation.validity import Validity
@@ -158,12 +159,12 @@ def _caps(wanted: Sequence[int], cap: int | None) -> list[int]:
 
 def _claim(out: Path) -> None:
     """Mark a folder as one of chosen samples, so that `sample` without filters adds none to it."""
-    content = json.loads((out / ATTEMPTS / "run.json").read_text()) | {"filters": _FILTERS}
-    replace_durably(out / "run.json", json.dumps(content, indent=1).encode())
+    content = json.loads((out / ATTEMPTS / RECORD).read_text()) | {"filters": _FILTERS}
+    replace_durably(out / RECORD, json.dumps(content, indent=1).encode())
 
 
 def _require_filtered(out: Path) -> None:
-    record = out / "run.json"
+    record = out / RECORD
     there = record.is_file() or (out / FILE_NAME).is_file()
     if there and not (record.is_file() and json.loads(record.read_text()).get("filters") == _FILTERS):
         raise UserError(f"{out} holds samples that no filter has seen: give another --out")

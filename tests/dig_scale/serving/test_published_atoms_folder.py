@@ -37,7 +37,7 @@ def test_carbon_is_drawn_by_its_number_of_atoms(tmp_path: Path) -> None:
     there = read_ensemble(tmp_path / "out")
     assert there.system.name == "C3" and there.cell is not None and there.cell.shape == (2, 3, 3)
     np.testing.assert_allclose(there.positions, ensemble.positions)
-    with pytest.raises(UserError, match="holds samples of another run"):
+    with pytest.raises(UserError, match="holds another run"):
         sample_published_atoms(AtomDraws(folder, "C4", tmp_path / "out", num=2, betas=BETAS))
     for wrong in ("Si2", "C0", "absent.cif"):
         with pytest.raises(UserError, match="as in C8"):
