@@ -245,7 +245,7 @@ def test_published_weights_are_kept_sampled_and_replayed(command: Command, tmp_p
     assert first.rotations is not None and second.rotations is not None
     assert second.positions.tobytes() == first.positions.tobytes()
     assert second.rotations.tobytes() == first.rotations.tobytes()
-    assert "seed is 1 there, 9 now" in command(*ask, "--num", 2, "--seed", 9, "--out", tmp_path / "one").error
+    assert "seed 1 -> 9" in command(*ask, "--num", 2, "--seed", 9, "--out", tmp_path / "one").error
 
 
 def test_what_does_not_go_with_published_networks_is_named(command: Command, tmp_path: Path) -> None:
