@@ -22,13 +22,13 @@ from dig_scale.geometry.alignment import aligned_rmsd
 
 PHI, PSI = "dihedral:4,6,8,14", "dihedral:6,8,14,16"
 LEFT, RIGHT = f"left:{PHI}:-180:0", f"right:{PHI}:0:180"
-HELD_OUT, DRAWN = 2_000, 2_000
+HELD_OUT, DRAWN, WEIGHED, OF_EACH_STATE = 2_000, 10_000, 1_000, 500
 WINDOW = (120.0, 180.0)
 """Degrees of psi that guided samples are asked for."""
 C7_EQUATORIAL, C7_AXIAL = (-80.0, 75.0), (70.0, -60.0)
 """phi and psi in degrees."""
 COSTED = 32
-STEPS = 60
+STEPS = 40
 
 
 def density_rows(runs: Path) -> list[Row]:
@@ -39,12 +39,20 @@ def density_rows(runs: Path) -> list[Row]:
     dig_scale("density", model.parent / "dataset", *common, "--num", HELD_OUT, "--out", held_out)
     samples = model.parent / "ode"
     dig_scale("sample", model, "--solver", "heun", "--steps", STEPS, "--num", DRAWN, "--out", samples)
-    dig_scale("density", samples, *common, "--out", drawn)
-    dig_scale("reweight", drawn, "--state", LEFT, "--state", RIGHT)
-    report = model.parent / "density-report"
-    dig_scale("evaluate", drawn, "--reference", model.parent / "trajectories", "--out", report)
-    physics = json.loads((report / "report.json").read_text())["physics"]
-    return [*_agreement_rows(held_out), *_weight_rows(physics)]
+    dig_scale("density", samples, *common, "--num", WEIGHED, "--out", drawn)
+    states = model.parent / "density-states"
+    dig_scale("density", samples, *common, "--num", OF_EACH_STATE, "--state", LEFT, "--state", RIGHT, "--out", states)
+    plain, by_state = _physics(drawn, model), _physics(states, model)
+    return [*_agreement_rows(held_out), *_weight_rows(plain), *_difference_rows(plain, by_state)]
+
+
+def _physics(ensemble: Path, model: Path) -> dict[str, Any]:
+    """What the report of an ensemble says of weights and of the two states."""
+    dig_scale("reweight", ensemble, "--state", LEFT, "--state", RIGHT)
+    report = ensemble.with_name(f"{ensemble.name}-report")
+    dig_scale("evaluate", ensemble, "--reference", model.parent / "trajectories", "--out", report)
+    found: dict[str, Any] = json.loads((report / "report.json").read_text())["physics"]
+    return found
 
 
 def _agreement_rows(held_out: Path) -> list[Row]:
@@ -59,18 +67,27 @@ def _agreement_rows(held_out: Path) -> list[Row]:
 
 
 def _weight_rows(physics: dict[str, Any]) -> list[Row]:
-    weights, difference = physics["weights"], physics["states"]["differences"][0]
-    md, reweighted, sampled = difference["md"], difference["reweighted"], difference["sampled"]
-    off = [abs(one["value"] - md["value"]) for one in (reweighted, sampled)]
+    weights = physics["weights"]
     return [
         at_least(f"ala2: ESS of {weights['samples']} raw samples", 100 * weights["fraction"], "%", 5),
         note("ala2: Pareto k", weights["pareto_k"]),
         note("ala2: log Z", weights["log_z"]["value"], "nat"),
+    ]
+
+
+def _difference_rows(plain: dict[str, Any], by_state: dict[str, Any]) -> list[Row]:
+    """Free energies of phi; reweighted from samples that were chosen by state, since plain ones hold few of the rarer."""
+    difference, weights = by_state["states"]["differences"][0], by_state["weights"]
+    md, reweighted = difference["md"], difference["reweighted"]
+    sampled = plain["states"]["differences"][0]["sampled"]
+    off = [abs(one["value"] - md["value"]) for one in (reweighted, sampled)]
+    return [
         note("ala2: free energy of phi >= 0 over phi < 0, replica-exchange MD", md["value"], "kT"),
         note("ala2: its error", md["error"], "kT"),
         note("ala2: the same of samples as drawn", sampled["value"], "kT"),
-        note("ala2: the same reweighted", reweighted["value"], "kT"),
+        note(f"ala2: the same reweighted, {OF_EACH_STATE} samples of each state at most", reweighted["value"], "kT"),
         note("ala2: error of the reweighted one", reweighted["error"], "kT"),
+        note(f"ala2: ESS of the {weights['samples']} samples by state", 100 * weights["fraction"], "%"),
         note("ala2: as drawn, off MD by", off[1], "kT"),
         at_most("ala2: reweighted, off MD by", off[0], "kT", 0.25),
     ]

@@ -16,6 +16,7 @@ from dig_scale.cli_properties import States
 from dig_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from dig_scale.sampling.from_settings import State
     from dig_scale.sampling.likelihood import LikelihoodSettings
     from dig_scale.stages.density import Energies
 
@@ -77,6 +78,10 @@ def density(
         str | None, typer.Option("--system", help="Of trajectories and datasets of several systems.")
     ] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Structures, evenly spread; all when absent.")] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:PROPERTY:LOW:HIGH", help="Take --num samples of each state, weighted accordingly."),
+    ] = None,
     energy: Annotated[
         bool, typer.Option("--energy", help="Also energies by the recipe's [simulate] section, and weights of samples.")
     ] = False,
@@ -105,10 +110,19 @@ def density(
     energies = _energies(recipe, prepared, overrides or []) if energy else None
     if not energy:
         refuse({"recipe": recipe, "prepared": prepared, "set": overrides}, "is for --energy")
-    found = density_stage(Asked(Source(source, system, num), model, settings, energies, batch, workers), out)
+    chosen = Source(source, system, num, _states(state or [], num))
+    found = density_stage(Asked(chosen, model, settings, energies, batch, workers), out)
     for line in found.words:
         typer.echo(line)
     typer.echo(f"{found.ensemble.n_samples} structures of {found.ensemble.system.name}: {out}")
+
+
+def _states(texts: list[str], num: int | None) -> tuple[State, ...]:
+    from dig_scale.sampling.from_settings import states_from
+
+    if texts and num is None:
+        raise UserError("--state takes so many samples of each state: say how many with --num")
+    return states_from(texts)
 
 
 def _likelihood(ode: Mapping[str, Any], model: Path, divergence: str, probes: int | None) -> LikelihoodSettings:

@@ -23,6 +23,8 @@ FILE_NAME = "ensemble.npz"
 BOLTZMANN, STEERED, MODEL = "boltzmann", "steered", "model"
 WINDOWS = "windows"
 """In the provenance: the ensembles that this one was combined of."""
+STRATA = "strata"
+"""In the provenance: how many samples of each state were drawn, and how many chosen."""
 _OPTIONAL = ("log_density", "log_density_error", "energy", "log_weights", "bias", "rotations", "cell", "replicates")
 
 
@@ -37,8 +39,8 @@ class Ensemble:
 
     log_weights are towards what provenance["log_weights"] says: BOLTZMANN, exp(-u), or STEERED, what was sampled without
     steering tilted by exp(-bias), with bias [S] nat of every sample, or MODEL, what is sampled without steering, from combined
-    windows. replicates [S, R] are factors on the weights in each replicate of a bootstrap over independent populations; where
-    they are there, errors of reweighted numbers come from them.
+    windows or from some samples of each state. replicates [S, R] are factors on the weights in each replicate of a bootstrap
+    over independent populations; where they are there, errors of reweighted numbers come from them.
     """
 
     system: System
@@ -78,8 +80,8 @@ class Ensemble:
 
     @property
     def is_tilted(self) -> bool:
-        """Whether the samples lie elsewhere than those of the model as it is: steered, or combined windows."""
-        return self.bias is not None or WINDOWS in self.provenance
+        """Whether the samples lie elsewhere than those of the model as it is: steered, combined windows, chosen by state."""
+        return self.bias is not None or WINDOWS in self.provenance or STRATA in self.provenance
 
     @property
     def correcting_log_weights(self) -> np.ndarray | None:

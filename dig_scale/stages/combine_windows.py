@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dig_scale.ensemble import FILE_NAME, STEERED, WINDOWS, Ensemble, read_ensemble
+from dig_scale.ensemble import FILE_NAME, STEERED, STRATA, WINDOWS, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
 def _require_as_sampled(part: Part) -> None:
     told, ensemble = part.ensemble.provenance, part.ensemble
-    if "checkpoint" not in told or "solver" not in told or WINDOWS in told:
+    if "checkpoint" not in told or "solver" not in told or WINDOWS in told or STRATA in told:
         raise UserError(f"{part.path} is not as `dig-scale sample` wrote it: combine samples of a model, all at once")
     if "validity" in told:
         raise UserError(

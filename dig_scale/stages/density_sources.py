@@ -19,6 +19,7 @@ from dig_scale.stages.sample import trained_system
 from dig_scale.system import Frames, System
 
 if TYPE_CHECKING:
+    from dig_scale.sampling.from_settings import State
     from dig_scale.serving.served import ServedModel
 
 _MANIFEST = "manifest.json"
@@ -27,11 +28,15 @@ _FIELDS = (POSITIONS, ROTATIONS, CELL)
 
 @dataclass(frozen=True)
 class Source:
-    """Where structures come from, of which system (None: the only one), and how many of them, evenly spread (None: all)."""
+    """Where structures come from, of which system (None: the only one), and how many of them, evenly spread (None: all).
+
+    With states, so many of each of them, weighted by how many samples each stands for.
+    """
 
     path: Path
     system: str | None = None
     num: int | None = None
+    states: tuple[State, ...] = ()
 
 
 def structures_of(source: Source, checkpoint: Path, model: ServedModel) -> Ensemble:
@@ -51,7 +56,13 @@ def structures_of(source: Source, checkpoint: Path, model: ServedModel) -> Ensem
         count = len(given[POSITIONS])
         provenance = {"source": str(path), "recipe": model.recipe.model_dump(mode="json")}
         found = Ensemble(system, index=np.arange(count), seed=0, provenance=provenance, **given)
-    return found if source.num is None else found.take(evenly_spread(found.n_samples, source.num))
+    if source.num is None:
+        return found
+    if source.states:
+        from dig_scale.evaluation.strata import stratified
+
+        return stratified(found, source.states, source.num)
+    return found.take(evenly_spread(found.n_samples, source.num))
 
 
 def _of_the_model(ensemble: Ensemble, model: ServedModel) -> Ensemble:

@@ -107,6 +107,32 @@ def test_density_with_energies_gives_weights(
     assert not list((tmp_path / "d" / "parts").iterdir())
 
 
+def test_samples_of_every_state_get_weights_that_lead_back_to_the_model(
+    command: Command, model: Path, drawn: Path, tmp_path: Path
+) -> None:
+    ensemble = read_ensemble(drawn)
+    x = ensemble.positions.copy()
+    x[6:, 0] += [0, 0, 0.4]  # two of eight
+    far = np.linalg.norm(x[:, 0] - x[:, 1], axis=1)
+    edge = float(np.sort(far)[5:7].mean())
+    write_ensemble_file(replace(ensemble, positions=x), tmp_path / "e.npz")
+    states = ("--state", f"near:distance:0,1:0:{edge}", "--state", f"far:distance:0,1:{edge}:inf")
+    words = ("density", tmp_path / "e.npz", "--model", model, *QUICK, *states, "--out")
+    done = command(*words, tmp_path / "d", "--num", 3, "--energy")
+    assert done.code == 0, done.err
+    found = read_ensemble(tmp_path / "d")
+    rare = far[found.index] > edge
+    assert rare.sum() == 2 and (~rare).sum() == 3
+    assert found.provenance["strata"][0] == {"state": "near", "samples": 6, "chosen": 3}
+    assert found.log_weights is not None and found.energy is not None and found.log_density is not None
+    factors = np.exp(found.log_weights + found.energy / thermal_energy(300.0) + found.log_density)
+    assert factors.mean() == pytest.approx(1, rel=1e-5)
+    assert factors[rare].sum() / factors.sum() == pytest.approx(2 / 8, rel=1e-5)
+    assert "not overlap" in command(*words, tmp_path / "o", "--num", 3, "--state", "all:distance:0,1:0:inf").error
+    assert "--num" in command(*words, tmp_path / "o").error
+    assert "or have weights" in command("density", tmp_path / "d", *words[2:], tmp_path / "o", "--num", 1).error
+
+
 def test_a_rerun_computes_no_density_again_and_another_run_is_refused(
     command: Command,
     model: Path,
