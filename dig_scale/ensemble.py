@@ -17,6 +17,7 @@ from dig_shards.durable import replace_durably
 
 from dig_scale.errors import UserError
 from dig_scale.system import System
+from dig_scale.units import thermal_energy
 
 FORMAT_VERSION = 1
 FILE_NAME = "ensemble.npz"
@@ -89,6 +90,17 @@ class Ensemble:
         if self.log_weights is None or self.bias is None or self.log_weights_towards != STEERED:
             return self.log_weights
         return np.asarray(self.log_weights + self.bias)
+
+    @property
+    def model_log_weights(self) -> np.ndarray | None:
+        """log-weights [S] from samples that lie elsewhere back to what the model samples by itself; None where nothing is known
+        of them, or nothing needed."""
+        if not self.is_tilted or self.log_weights_towards != BOLTZMANN:
+            return self.correcting_log_weights if self.is_tilted else None
+        kelvin = self.provenance.get("temperature_K")
+        if self.log_density is None or self.energy is None or self.log_weights is None or kelvin is None:
+            return None
+        return np.asarray(self.log_weights + self.energy / thermal_energy(kelvin) + self.log_density)
 
     def take(self, rows: np.ndarray) -> Ensemble:
         """Some samples (indices or mask), with what is known of each."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dig_scale import __version__, config
-from dig_scale.ensemble import Ensemble
+from dig_scale.ensemble import BOLTZMANN, Ensemble
 from dig_scale.errors import UserError
 from dig_scale.evaluation.cost import Costs, cost_table, reference_quality
 from dig_scale.evaluation.cost_curve import cost_curve
@@ -20,7 +20,15 @@ from dig_scale.evaluation.distribution import Resampling
 from dig_scale.evaluation.geometry_tables import angle_table, bond_table, clash_table, energy_table, stereo_table
 from dig_scale.evaluation.reference import ReferenceSet, match_sites, ordered_by_time
 from dig_scale.evaluation.result import Evaluation, Physics, Reweighting, Settings, Subject
-from dig_scale.evaluation.sets import SampleSet, Topology, md_resampling, observe, sample_sets, topology_of
+from dig_scale.evaluation.sets import (
+    ModelWeights,
+    SampleSet,
+    Topology,
+    md_resampling,
+    observe,
+    sample_sets,
+    topology_of,
+)
 from dig_scale.evaluation.states import StateTable, state_table, with_reference
 from dig_scale.evaluation.thermodynamics import kish_ess, slowest_inefficiency
 from dig_scale.evaluation.torsion_tables import MapComparison, TorsionComparison, compare_map, compare_torsion
@@ -51,7 +59,7 @@ def evaluate(
     inefficiency = slowest_inefficiency(slow, reference.trajectory)
     blocks = md_resampling(reference.trajectory, inefficiency, settings.bootstrap, generator)
     log_weights = ensemble.correcting_log_weights
-    sets = sample_sets(model, md, reference.trajectory, log_weights, blocks, generator)
+    sets = sample_sets(model, md, reference.trajectory, _model_weights(ensemble), blocks, generator)
     known = costs or Costs()
     quality = reference_quality(reference, inefficiency, blocks.block_length, blocks.n_blocks)
     return with_words(
@@ -130,6 +138,11 @@ def _slow_torsions(topology: Topology) -> list[int]:
     """The torsions whose correlations set the block length: those on maps, else all."""
     on_maps = {index for pair in topology.pairs for index in (pair.first, pair.second)}
     return sorted(on_maps) or list(range(len(topology.torsions)))
+
+
+def _model_weights(ensemble: Ensemble) -> ModelWeights:
+    towards = ensemble.log_weights_towards
+    return ModelWeights(ensemble.model_log_weights, ensemble.log_weights if towards == BOLTZMANN else None)
 
 
 def _reweighting(log_weights: np.ndarray | None) -> Reweighting | None:

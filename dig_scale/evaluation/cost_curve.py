@@ -25,7 +25,7 @@ _FEWEST = 20
 @dataclass(frozen=True)
 class CostPoint:
     """So many samples or frames cost cpu_seconds (None: not recorded) and are `divergence` nat off; with_training adds the
-    training. effective_samples is Kish's, of reweighted samples alone."""
+    training. effective_samples is Kish's; MD has none."""
 
     samples: int
     cpu_seconds: float | None
@@ -75,8 +75,10 @@ def cost_curve(
     reference = [distribution.counts(index[second], md.bins, _equal(len(second))) for index in md.indices]
     return CostCurve(
         about,
-        _model_points(model, reference, costs, None),
-        _model_points(model, reference, costs, sets["reweighted"].weights) if "reweighted" in sets else (),
+        _model_points(model, reference, sets["model"].weights, costs.sampling_cpu_seconds, costs),
+        _model_points(model, reference, sets["reweighted"].weights, _with_weighting(costs), costs)
+        if "reweighted" in sets
+        else (),
         _md_points(md, reference, trajectory, first, costs),
     )
 
@@ -99,23 +101,27 @@ def _measure(topology: Topology, bins: int) -> tuple[str, Callable[[Observables]
 
 
 def _model_points(
-    model: _Histograms, reference: Sequence[np.ndarray], costs: Costs, weights: np.ndarray | None
+    model: _Histograms, reference: Sequence[np.ndarray], weights: np.ndarray, seconds: float | None, costs: Costs
 ) -> tuple[CostPoint, ...]:
-    total = len(model.indices[0])
-    seconds = costs.sampling_cpu_seconds
-    if weights is not None and seconds is not None:
-        seconds = None if costs.weighting_cpu_seconds is None else seconds + costs.weighting_cpu_seconds
+    total = len(weights)
     points = []
     for count in _grid(total):
         rows = np.arange(count)
-        own = _equal(count) if weights is None else weights[:count]
+        own = weights[:count]
         if not own.sum() > 0:
             continue
         spent = None if seconds is None else seconds * count / total
         trained = None if spent is None or costs.training_cpu_seconds is None else spent + costs.training_cpu_seconds
         off = model.divergence(rows, own / own.sum(), reference)
-        points.append(CostPoint(count, spent, trained, off, None if weights is None else _effective(own)))
+        points.append(CostPoint(count, spent, trained, off, _effective(own)))
     return tuple(points)
+
+
+def _with_weighting(costs: Costs) -> float | None:
+    """CPU seconds of sampling and of weights."""
+    if costs.sampling_cpu_seconds is None or costs.weighting_cpu_seconds is None:
+        return None
+    return costs.sampling_cpu_seconds + costs.weighting_cpu_seconds
 
 
 def _md_points(

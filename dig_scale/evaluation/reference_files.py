@@ -88,7 +88,7 @@ def reference_frames(
         raise UserError(f"no reference at {source}: give a folder of trajectories, a .zarr, or a trajectory file")
     if file is not None or source.is_file():
         return _from_file(source, file, temperature)
-    paths = _of_system(stored_systems(source) if stores is None else stores, wanted)
+    paths = find_trajectories(source) if wanted is None else _of_system(stores or stored_systems(source), wanted)
     kelvins = {path: trajectory_origin(path).get("temperature_K") for path in paths}
     target = temperature if temperature is not None else _only(set(kelvins.values()), source)
     chosen = [
@@ -108,10 +108,8 @@ def reference_frames(
     )
 
 
-def _of_system(systems: Mapping[Path, System], wanted: System | None) -> list[Path]:
+def _of_system(systems: Mapping[Path, System], wanted: System) -> list[Path]:
     """The stores of a system, else those of its name, else all."""
-    if wanted is None:
-        return list(systems)
     named = [path for path, system in systems.items() if system.name == wanted.name]
     own = [path for path in named if systems[path].system_id == wanted.system_id]
     return own or named or list(systems)

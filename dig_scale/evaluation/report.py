@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from dig_scale.ensemble import BOLTZMANN
 from dig_scale.evaluation import physics_pictures, pictures, structure, thermodynamics
 from dig_scale.evaluation.formats import FORMATS, percent
 from dig_scale.evaluation.result import Evaluation, numbers
@@ -44,11 +45,11 @@ def write_report(evaluation: Evaluation, out: Path) -> Path:
 def render(evaluation: Evaluation, content: dict[str, Any]) -> str:
     """The page of an evaluation whose `numbers` are `content`."""
     titles = dict(SET_TITLES)
-    weighted = evaluation.reweighting
-    if weighted is None:
+    weights = evaluation.physics.weights
+    if weights is None or weights.towards != BOLTZMANN:
         del titles["reweighted"]
-    else:
-        titles["reweighted"] += f" (ESS {percent(weighted.fraction)})"
+    if weights is not None:
+        titles["reweighted" if weights.towards == BOLTZMANN else "model"] += f" (ESS {percent(weights.fraction)})"
     return (
         templates()
         .get_template("report.html.j2")

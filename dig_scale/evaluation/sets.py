@@ -118,11 +118,20 @@ def md_resampling(
     return block_resampling(trajectory, min(wanted, longest), replicates, generator)
 
 
+@dataclass(frozen=True)
+class ModelWeights:
+    """log-weights [S] of a model's samples: back to the model's own distribution, where they lie elsewhere, and towards
+    exp(-u), where these are known."""
+
+    to_the_model: np.ndarray | None = None
+    boltzmann: np.ndarray | None = None
+
+
 def sample_sets(
     model: Observables,
     md: Observables,
     trajectory: np.ndarray,
-    log_weights: np.ndarray | None,
+    weights: ModelWeights,
     md_blocks: Resampling,
     generator: np.random.Generator,
 ) -> dict[str, SampleSet]:
@@ -132,15 +141,15 @@ def sample_sets(
     drawn = generator.integers(n_frames, size=n_samples)
     model_blocks = independent_resampling(n_samples, len(md_blocks.draws), generator)
     sets = {
-        "model": _uniform(model, model_blocks),
+        "model": _weighted(_uniform(model, model_blocks), weights.to_the_model),
         "md": _uniform(md, md_blocks),
         "first_half": _uniform(md.take(first), None),
         "second_half": _uniform(md.take(~first), None),
         "subsample": _uniform(md.take(drawn), None),
     }
-    if log_weights is None:
+    if weights.boltzmann is None:
         return sets
-    return sets | {"reweighted": replace(sets["model"], weights=normalised_weights(log_weights))}
+    return sets | {"reweighted": _weighted(sets["model"], weights.boltzmann)}
 
 
 def mean_by_set(sets: dict[str, SampleSet], value: Callable[[Observables], npt.ArrayLike]) -> BySet:
@@ -151,6 +160,10 @@ def mean_by_set(sets: dict[str, SampleSet], value: Callable[[Observables], npt.A
 def standard_error(replicates: np.ndarray) -> float | None:
     """Standard deviation of bootstrap replicates [B]; None from fewer than two."""
     return float(np.std(replicates, ddof=1)) if len(replicates) > 1 else None
+
+
+def _weighted(one: SampleSet, log_weights: np.ndarray | None) -> SampleSet:
+    return one if log_weights is None else replace(one, weights=normalised_weights(log_weights))
 
 
 def _uniform(observables: Observables, resampling: Resampling | None) -> SampleSet:

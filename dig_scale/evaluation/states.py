@@ -40,7 +40,7 @@ class Reweighted:
 
 @dataclass(frozen=True)
 class StateRow:
-    """One state: its definition in words, samples in it, and its population as sampled, reweighted, in MD."""
+    """One state: its definition in words, samples in it, and its population in the model, reweighted, in MD."""
 
     name: str
     definition: str
@@ -52,7 +52,7 @@ class StateRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """F_second - F_first in kT as sampled, reweighted, in MD; a value is None where a state is empty."""
+    """F_second - F_first in kT in the model, reweighted, in MD; a value is None where a state is empty."""
 
     first: str
     second: str
@@ -70,22 +70,28 @@ class StateTable:
 
 
 def state_table(states: Sequence[State], ensemble: Ensemble) -> StateTable:
-    """Populations of states and their differences, over the usable samples; raises UserError for sites that are not there."""
+    """Populations of states and their differences, over the usable samples; raises UserError for sites that are not there.
+
+    Samples that lie elsewhere than the model's are weighted back to it, so that all numbers of the model are its own.
+    """
     kept = ensemble.take(usable(ensemble))
-    masks, weights = state_masks(states, kept), _weights_of(kept)
+    masks, weights, back = state_masks(states, kept), _weights_of(kept), _back_to_the_model(kept)
+    log_weights, replicates = (None, None) if back is None else (back.log, back.replicates)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     rows = tuple(
         StateRow(
             state.name,
             state.definition,
             counts[state.name],
-            estimate_with(reweighting.weighted_average(masks[state.name].astype(float), None, _SEED)),
+            estimate_with(
+                reweighting.weighted_average(masks[state.name].astype(float), log_weights, _SEED, replicates)
+            ),
             _reweighted_population(masks[state.name], weights),
         )
         for state in states
     )
     pairs = combinations(masks, 2)
-    return StateTable(rows, tuple(_difference(first, second, masks, weights) for first, second in pairs))
+    return StateTable(rows, tuple(_difference(first, second, masks, weights, back) for first, second in pairs))
 
 
 def with_reference(table: StateTable, states: Sequence[State], frames: Ensemble, resampling: Resampling) -> StateTable:
@@ -136,8 +142,15 @@ def _weights_of(ensemble: Ensemble) -> _Weights | None:
     return None if found is None else _Weights(found, ensemble.replicates)
 
 
-def _difference(first: str, second: str, masks: Mapping[str, np.ndarray], weights: _Weights | None) -> Difference:
-    sampled = _free_energy(masks[first], masks[second], None) or Estimate(None)
+def _back_to_the_model(ensemble: Ensemble) -> _Weights | None:
+    found = ensemble.model_log_weights
+    return None if found is None else _Weights(found, ensemble.replicates)
+
+
+def _difference(
+    first: str, second: str, masks: Mapping[str, np.ndarray], weights: _Weights | None, back: _Weights | None
+) -> Difference:
+    sampled = _free_energy(masks[first], masks[second], back) or Estimate(None)
     if weights is None:
         return Difference(first, second, sampled, None)
     found = _free_energy(masks[first], masks[second], weights) or Estimate(None)

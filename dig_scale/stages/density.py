@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dig_scale.config import Recipe, Simulate
-from dig_scale.ensemble import BOLTZMANN, FILE_NAME, Ensemble, read_ensemble
+from dig_scale.ensemble import BOLTZMANN, FILE_NAME, STRATA, Ensemble, read_ensemble
 from dig_scale.errors import UserError
 from dig_scale.progress import stage
 from dig_scale.run_record import claim
@@ -139,7 +139,7 @@ def _with_densities(given: Ensemble, run: DensityRun, out: Path, progress: Calla
 
     claim(out, identity_of(run))
     if (out / FILE_NAME).is_file():
-        return read_ensemble(out)
+        return _carried_on(given, read_ensemble(out))
     found = log_densities(run, out, progress)
     told: dict[str, Any] = {
         "checkpoint": run.checkpoint_id,
@@ -153,6 +153,18 @@ def _with_densities(given: Ensemble, run: DensityRun, out: Path, progress: Calla
         log_density=found.log_density,
         log_density_error=found.standard_error,
         provenance=given.provenance | {"density": told},
+    )
+
+
+def _carried_on(given: Ensemble, written: Ensemble) -> Ensemble:
+    """What was written before; its densities alone where the same structures were chosen in another way, so weigh differently."""
+    if written.provenance.get(STRATA) == given.provenance.get(STRATA):
+        return written
+    return replace(
+        given,
+        log_density=written.log_density,
+        log_density_error=written.log_density_error,
+        provenance=given.provenance | {"density": written.provenance["density"]},
     )
 
 

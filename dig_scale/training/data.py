@@ -44,18 +44,18 @@ _GOLDEN = 0.6180339887498949
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass: clean batch, t [B], standard normal noise of the state's shape, and the processes of its kind; labels of
-    the clean structures where a predictor is trained."""
+    the clean structures where a predictor is trained. n_sites is that of the largest row, known without asking the device."""
 
     batch: Batch
     t: Tensor
     noise: State
     composition: Composition
+    n_sites: int
     labels: Labels | None = None
 
     def trimmed(self) -> MicroBatch:
         """Without the sites that pad every row."""
-        context = self.batch.context
-        count = int(context.present.sum(1).max())
+        context, count = self.batch.context, self.n_sites
         if count == context.n_sites:
             return self
         batch = Batch(first_sites(self.batch.state, count), with_sites(context, count), self.batch.systems)
@@ -65,7 +65,7 @@ class MicroBatch:
         """A copy on `device`; its context is expected there already."""
         batch = Batch(tree_to(self.batch.state, device), self.batch.context, self.batch.systems)
         noise, labels = tree_to(self.noise, device), tree_to(self.labels, device)
-        return MicroBatch(batch, self.t.to(device), noise, self.composition, labels)
+        return replace(self, batch=batch, t=self.t.to(device), noise=noise, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class TrainingData:
         context = self._conditioned(collate([self.contexts[row] for row in rows]), ids, rows)
         batch = Batch(state, context, tuple(dict.fromkeys(self.systems[row].name for row in rows)))
         labels = None if self.label is None else self.label(self, ids, state)
-        return MicroBatch(batch, t, noise, self.compositions[rows[0]], labels)
+        largest = max(self.systems[row].n_sites for row in set(rows.tolist()))
+        return MicroBatch(batch, t, noise, self.compositions[rows[0]], largest, labels)
 
     def clean(self, ids: np.ndarray) -> State:
         """Clean states of frames of systems of one kind."""

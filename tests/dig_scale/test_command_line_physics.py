@@ -128,6 +128,9 @@ def test_samples_of_every_state_get_weights_that_lead_back_to_the_model(
     factors = np.exp(found.log_weights + found.energy / thermal_energy(300.0) + found.log_density)
     assert factors.mean() == pytest.approx(1, rel=1e-5)
     assert factors[rare].sum() / factors.sum() == pytest.approx(2 / 8, rel=1e-5)
+    assert command("reweight", tmp_path / "d", *states).code == 0
+    rows = json.loads((tmp_path / "d" / "reweighting.json").read_text())["states"]["states"]
+    assert [row["population"]["value"] for row in rows] == pytest.approx([6 / 8, 2 / 8], rel=1e-5)
     assert "not overlap" in command(*words, tmp_path / "o", "--num", 3, "--state", "all:distance:0,1:0:inf").error
     assert "--num" in command(*words, tmp_path / "o").error
     assert "or have weights" in command("density", tmp_path / "d", *words[2:], tmp_path / "o", "--num", 1).error
@@ -149,6 +152,19 @@ def test_a_rerun_computes_no_density_again_and_another_run_is_refused(
     assert again.provenance["density"] == first.provenance["density"]
     assert again.log_weights is not None
     assert "integration" in command(*words, "--method", "heun", "--steps", 4, *QUICK[4:]).error
+
+
+def test_densities_serve_the_same_structures_chosen_in_another_way(
+    command: Command, model: Path, drawn: Path, tmp_path: Path
+) -> None:
+    words = ("density", drawn, "--model", model, *QUICK, "--num", 8, "--out", tmp_path / "d")
+    assert command(*words, "--state", "all:distance:0,1:0:inf").code == 0
+    chosen = read_ensemble(tmp_path / "d")
+    assert chosen.is_tilted
+    assert command(*words, "--energy").code == 0
+    plain = read_ensemble(tmp_path / "d")
+    assert not plain.is_tilted and plain.log_weights_towards == BOLTZMANN
+    np.testing.assert_array_equal(plain.log_density, chosen.log_density)
 
 
 def test_batches_that_a_killed_run_left_are_kept(

@@ -15,9 +15,11 @@ import pytest
 from matplotlib.image import imread
 
 from dig_scale import config
+from dig_scale.ensemble import MODEL, STRATA
 from dig_scale.errors import UserError
 from dig_scale.evaluation import Costs, Evaluation, evaluate, summary_picture, write_report
 from dig_scale.evaluation.result import numbers
+from dig_scale.evaluation.structure import dihedrals
 from dig_scale.system import System
 from dig_scale.units import EV_PER_KJ_MOL
 from tests.dig_scale.evaluation.conftest import RealTrajectory, ensemble_of, reference_of
@@ -166,6 +168,25 @@ def test_reweighted_numbers_stand_beside_their_effective_sample_size(
     page = (written["everything"] / "report.html").read_text()
     assert "Model, reweighted" in page
     assert re.search(r"effective sample size is\s+<data", page)
+
+
+def test_samples_chosen_by_state_are_weighed_back_to_the_model(
+    beads: tuple[System, np.ndarray], tmp_path: Path
+) -> None:
+    system, positions = beads
+    whole = evaluate(ensemble_of(system, positions), reference_of(system, positions), SETTINGS)
+    rare = dihedrals(positions, np.array([[0, 1, 2, 3]]))[:, 0] > 0
+    rows = np.sort(np.concatenate([np.flatnonzero(rare), np.flatnonzero(~rare)[::10]]))
+    chosen = ensemble_of(system, positions[rows], log_weights=np.where(rare[rows], 0, np.log(10.0)))
+    chosen = replace(chosen, provenance=chosen.provenance | {"log_weights": MODEL, STRATA: []})
+    found = evaluate(chosen, reference_of(system, positions), SETTINGS)
+    for row, expected in zip(found.maps[0].basins, whole.maps[0].basins, strict=True):
+        assert row.population["model"].value == pytest.approx(expected.population["model"].value, abs=0.02)
+        assert "reweighted" not in row.population
+    assert found.maps[0].basins[2].population["model"].value == pytest.approx(rare.mean(), rel=0.01)
+    assert found.maps[0].divergence.model < 0.1
+    page = write_report(found, tmp_path).read_text()
+    assert "Model (ESS" in page and "Model, reweighted" not in page
 
 
 def test_unweighted_page_has_no_reweighted_column(written: dict[str, Path]) -> None:
