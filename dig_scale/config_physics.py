@@ -19,7 +19,9 @@ class PhysicsInformed(Section):
     temperature: PositiveFloat | None = None
     """K of the Boltzmann distribution that the forces stand for; that of `pack` or `simulate` when absent."""
     batch: PositiveInt = 64
-    """Candidates per step, over all ranks."""
+    """Candidates per evaluation of this loss, over all ranks."""
+    every: PositiveInt = 1
+    """Steps from one evaluation of this loss to the next: it costs several times what denoising does. Its weight stays."""
     weight: PositiveFloat = 1.0
     """Of this loss beside the denoising loss of weight `denoising_weight`."""
     denoising_weight: float = Field(default=1.0, ge=0)

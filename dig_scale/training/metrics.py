@@ -107,7 +107,7 @@ class Window:
     seconds: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     physics_losses: list[float] = field(default_factory=list)
-    """Of candidates, one per step, without their weight; empty in runs without an energy."""
+    """Of candidates, one per evaluation, without their weight; empty in runs without an energy."""
     flops: float = 0.0
     samples: int = 0
     gradient_norm: float = 0.0
@@ -116,10 +116,10 @@ class Window:
 
     def vector(self, cpu_seconds: float, stop: float) -> np.ndarray:
         """Sums to be added over the ranks: loss, steps, wait, time, flops, samples, CPU seconds, stop votes, physics
-        loss, level sums."""
+        loss and its evaluations, level sums."""
         head = [sum(self.losses), len(self.losses), sum(self.waits), sum(self.seconds), self.flops, self.samples]
         levels = [self.levels.total.cpu().numpy(), self.levels.count.cpu().numpy()]
-        return np.concatenate([[*head, cpu_seconds, stop, sum(self.physics_losses)], *levels])
+        return np.concatenate([[*head, cpu_seconds, stop, sum(self.physics_losses), len(self.physics_losses)], *levels])
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ class WindowSum:
     @classmethod
     def of(cls, vector: np.ndarray) -> WindowSum:
         """Unpack the sum of the ranks' vectors."""
-        loss, steps, wait, seconds, flops, samples, cpu, stop, physics = vector[:9].tolist()
-        by_level = level_means(vector[9 : 9 + LEVELS], vector[9 + LEVELS :])
-        return cls(loss / steps, wait / max(seconds, 1e-9), flops, samples, cpu, stop > 0, physics / steps, by_level)
+        loss, steps, wait, seconds, flops, samples, cpu, stop, physics, evaluations = vector[:10].tolist()
+        by_level = level_means(vector[10 : 10 + LEVELS], vector[10 + LEVELS :])
+        of_physics = physics / max(evaluations, 1)
+        return cls(loss / steps, wait / max(seconds, 1e-9), flops, samples, cpu, stop > 0, of_physics, by_level)
 
 
 def train_row(window: Window, total: WindowSum, throughput: Throughput, **known: Any) -> dict[str, Any]:
@@ -156,6 +157,7 @@ def train_row(window: Window, total: WindowSum, throughput: Throughput, **known:
         "gradient_norm": window.gradient_norm,
         "frames_crc32": window.frames_crc32,
         "samples_per_s": total.samples / seconds,
+        "step_ms_mean": 1e3 * seconds / max(len(window.seconds), 1),
         "step_ms_p50": float(p50),
         "step_ms_p99": float(p99),
         "data_wait_share": total.data_wait_share,

@@ -130,6 +130,10 @@ def _require_settings(recipe: Recipe, settings: PhysicsInformed, ranks: Ranks) -
         raise TrainingError(
             f"train.physics_informed.batch = {settings.batch} is not a multiple of {ranks.world_size} ranks; change either"
         )
+    if settings.every > 1 and settings.denoising_weight == 0:
+        raise TrainingError(
+            f"train.physics_informed.every = {settings.every} leaves steps without a loss where denoising_weight = 0; use 1"
+        )
     if train.zero_stage == 3 or train.activation_checkpointing != "none":
         raise TrainingError(
             "train.physics_informed differentiates the network twice, which zero_stage = 3 and activation_checkpointing do "

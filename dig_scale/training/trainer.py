@@ -282,8 +282,8 @@ def _denoising(run: Run, micro: MicroBatch, window: metrics.Window) -> Tensor:
 
 
 def _physics(run: Run, step: int, window: metrics.Window) -> Tensor:
-    """Weighted loss of the step's candidates; 0 in a run that has none."""
-    if run.candidates is None:
+    """Weighted loss of the step's candidates; 0 in steps that have none."""
+    if run.candidates is None or step % run.candidates.settings.every:
         return torch.zeros((), device=run.ranks.device)
     losses = run.engine(run.candidates.batch(step, run.ranks))
     window.physics_losses.append(float(losses.detach().mean()))

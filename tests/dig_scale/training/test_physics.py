@@ -96,6 +96,8 @@ def test_data_or_settings_that_do_not_serve_are_refused(with_forces: Path, tmp_p
         open_candidates(small_recipe(physics_informed=PHYSICS), with_forces, rank(0, 3))
     with pytest.raises(TrainingError, match=r"use zero_stage 0 to 2"):
         opened(small_recipe(physics_informed=PHYSICS, zero_stage=3), with_forces)
+    with pytest.raises(TrainingError, match="leaves steps without a loss"):
+        opened(small_recipe(physics_informed=PHYSICS | {"every": 2, "denoising_weight": 0.0}), with_forces)
 
 
 @pytest.fixture
@@ -131,6 +133,15 @@ def test_the_loss_is_that_of_data_and_candidates_by_their_weights(with_forces: P
     row, alone = (next(r for r in read_metrics(tmp_path / name) if r["kind"] == "train") for name in ("run", "data"))
     assert row["loss"] == pytest.approx(0.5 * alone["loss"] + 0.25 * row["physics_loss"], rel=1e-4)
     assert "physics_loss" not in alone
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_some_steps_can_do_without_candidates(with_forces: Path, tmp_path: Path) -> None:
+    every = PHYSICS | {"weight": 0.25, "every": 2, "fokker_planck_weight": 0.0}
+    schedule = {"steps": 3, "validate_every": 3, "checkpoint_every": 3, "micro_batch": 8}
+    train(small_recipe(physics_informed=every, **schedule), with_forces, tmp_path / "run")
+    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert ["physics_loss" in row for row in rows] == [True, False, True]
 
 
 def test_candidates_are_looked_for_beside_the_recipe(tmp_path: Path) -> None:
