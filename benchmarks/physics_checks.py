@@ -68,7 +68,7 @@ def toys() -> Iterator[Sum]:
     """All toys of the table."""
     for dimension in (1, 3, 22, 66):
         name = f"Gaussian, {dimension} dimension{'s' if dimension > 1 else ''}"
-        yield Sum(name, gaussian(dimension), GAUSSIAN_BAR, 3e-7, "gaussian")
+        yield Sum(name, gaussian(dimension), GAUSSIAN_BAR, 1e-8, "gaussian")
     means = torch.tensor([[2.0, 0, 0, 0, 0, 0], [-1.0, 1, 0, 0, 0, 0]]).double()
     mixture = GaussianMixture(means, torch.tensor([0.3, 0.5]).double(), torch.tensor([0.1, 0.9]).double())
     yield Sum("Gaussian mixture, 6 dimensions", mixture)
@@ -86,7 +86,8 @@ def rows_of_toy(case: Sum) -> list[Row]:
     """Log-density and log Z at exact samples; probes against the exact trace, as one number over all samples."""
     system = toy_system(case.toy, WIDE)
     state = _drawn(system)
-    found = _density(system, state, LikelihoodSettings(Integration(rtol=case.tolerance, atol=case.tolerance)))
+    path = Integration(rtol=case.tolerance, atol=case.tolerance)
+    found = _density(system, state, LikelihoodSettings(path, tolerance=case.bar / 10))
     assert state.positions is not None
     error = float((found.log_density - system.log_density(state.positions)).abs().max())
     weights = boltzmann_log_weights(system.reduced_energy(state.positions).numpy(), found.log_density.numpy())

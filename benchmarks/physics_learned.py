@@ -98,7 +98,7 @@ def own_samples(system: ToySystem, score_fn: ScoreFn, count: int) -> State:
 def log_weights_of(system: ToySystem, score_fn: ScoreFn, state: State) -> Tensor:
     """-V/kT - log p [B], nat, by the exact divergence."""
     assert state.positions is not None
-    settings = LikelihoodSettings(INTEGRATION)
+    settings = LikelihoodSettings(INTEGRATION, tolerance=1e-3)
     found = log_density(score_fn, system.composition, state, system.context, settings).log_density
     return -system.reduced_energy(state.positions.double()) - found
 

@@ -6,6 +6,7 @@ In: checkpoints, structures and ensembles. Out: folders that other tools read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -92,7 +93,13 @@ def density(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     rtol: Annotated[float | None, typer.Option(min=0)] = None,
-    atol: Annotated[float | None, typer.Option(min=0, help="Å, rad, nat.")] = None,
+    atol: Annotated[float | None, typer.Option(min=0, help="Å, rad.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Nat; nodes of dopri5's divergence are doubled until that changes its integral by less."
+        ),
+    ] = None,
     divergence: Annotated[Literal["exact", "hutchinson"], typer.Option()] = "exact",
     probes: Annotated[int | None, typer.Option(min=2, help="Of hutchinson; more, smaller error.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 64,
@@ -107,6 +114,10 @@ def density(
     if divergence == "exact":
         refuse({"probes": probes}, "is for --divergence hutchinson")
     settings = _likelihood({name: value for name, value in ode.items() if value is not None}, model, divergence, probes)
+    if tolerance is not None:
+        if settings.integration.method != "dopri5":
+            refuse({"tolerance": tolerance}, "is for --method dopri5")
+        settings = replace(settings, tolerance=tolerance)
     energies = _energies(recipe, prepared, overrides or []) if energy else None
     if not energy:
         refuse({"recipe": recipe, "prepared": prepared, "set": overrides}, "is for --energy")

@@ -41,7 +41,7 @@ _METHODS = {"dopri5": "dopri5", "rk4": "rk4", "heun": "heun2"}
 
 @dataclass(frozen=True)
 class Integration:
-    """How the ODE is integrated: `dopri5` adapts its steps to rtol and atol (per row of the batch: Å, rad, nat), `rk4` and
+    """How the ODE is integrated: `dopri5` adapts its steps to rtol and atol (per row of the batch: Å, rad), `rk4` and
     `heun` take `steps` equal ones in t.
 
     A discrete schedule (dig-sigmoid) has a kink at every step, where adaptive steps are spent: give it fixed ones.
@@ -156,9 +156,36 @@ def integrate(
         return (*(rates[name] for name in names), rate)
 
     packed = (*(value.double() for value in values.values()), extra.double())
+    ended = _integrated(function, packed, times, integration)
+    return dict(zip(names, (part[-1] for part in ended[:-1]), strict=True)), ended[-1][-1]
+
+
+@torch.no_grad()
+def path(
+    score_fn: ScoreFn, composition: Composition, context: Context, state: State, times: Tensor, integration: Integration
+) -> list[Values]:
+    """What a clean state has become at each of `times`, which rise from 0."""
+    values, slope = starting_values(composition, state), _without_extra(score_fn, composition, context, state)
+    names = tuple(values)
+
+    def function(t: Tensor, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rates, _ = slope(t, dict(zip(names, packed, strict=True)), _nothing(values))
+        return tuple(rates[name] for name in names)
+
+    found = _integrated(function, tuple(value.double() for value in values.values()), times, integration)
+    return [dict(zip(names, parts, strict=True)) for parts in zip(*found, strict=True)]
+
+
+def _integrated(
+    function: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    packed: tuple[Tensor, ...],
+    times: Tensor,
+    integration: Integration,
+) -> tuple[Tensor, ...]:
+    """Every part at every time [T, ...]."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchdiffeq")
-        ended = odeint(
+        found: tuple[Tensor, ...] = odeint(
             function,
             packed,
             times,
@@ -167,14 +194,14 @@ def integrate(
             method=_METHODS[integration.method],
             options=_options(integration, times),
         )
-    return dict(zip(names, (part[-1] for part in ended[:-1]), strict=True)), ended[-1][-1]
+    return found
 
 
 def _options(integration: Integration, times: Tensor) -> dict[str, Any]:
     if integration.method == "dopri5":
         # the last step ends at the end: beyond it, there is no noise level to ask for
-        return {"norm": _worst_row, "step_t": times[1:]}
-    grid = torch.linspace(float(times[0]), float(times[1]), integration.steps + 1, dtype=torch.float64)
+        return {"norm": _worst_row, "step_t": times[-1:]}
+    grid = torch.linspace(float(times[0]), float(times[-1]), integration.steps + 1, dtype=torch.float64)
     return {"grid_constructor": lambda function, values, t: grid.to(t.device)}
 
 

@@ -1,8 +1,8 @@
 """Log-densities of structures under a trained model, by several processes, continued when rerun.
 
-In: a checkpoint, structures of one System, how to integrate. Out: log p and its standard error of every structure, NaN where
-it has none (a broken structure is no reason to give up the others). Every batch is a file of its own, whole or absent, so a
-killed run loses at most the batches under way. Knows no energies and no command line.
+In: a checkpoint, structures of one System, how to integrate. Out: log p of every structure and its error, of probes and
+quadrature, NaN where it has none (a broken structure is no reason to give up the others). Every batch is a file of its own,
+whole or absent, so a killed run loses at most the batches under way. Knows no energies and no command line.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class DensityRun:
 
 @dataclass(frozen=True)
 class Densities:
-    """log_density [S] nat, its standard_error [S], score-function calls and CPU seconds in all."""
+    """log_density [S] nat; its standard_error [S], of the probes together with the last change of the quadrature; score-function
+    calls and CPU seconds in all."""
 
     log_density: np.ndarray
     standard_error: np.ndarray
@@ -107,6 +108,7 @@ def identity_of(run: DensityRun) -> dict[str, Any]:
         "system_id": run.structures.system.system_id,
         "structures": digest.hexdigest()[:16],
         "integration": asdict(run.settings.integration),
+        "tolerance": run.settings.tolerance,
         "divergence": {"kind": type(run.settings.divergence).__name__.lower()} | divergence,
         "conditions": dict(run.wanted.listed),
         "guidance": run.wanted.guidance,
@@ -213,7 +215,8 @@ def _values(
         halves = [_values(bench, settings, {name: x[part] for name, x in arrays.items()}) for part in parts]
         (a, ea, na, pa), (b, eb, nb, pb) = halves
         return np.concatenate([a, b]), np.concatenate([ea, eb]), na + nb, pa or pb
-    return found.log_density.cpu().numpy(), found.standard_error.cpu().numpy(), found.evaluations, ""
+    uncertain = torch.hypot(found.standard_error, found.last_change)
+    return found.log_density.cpu().numpy(), uncertain.cpu().numpy(), found.evaluations, ""
 
 
 def _require_finite(arrays: dict[str, np.ndarray]) -> None:

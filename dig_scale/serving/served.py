@@ -90,7 +90,7 @@ def load_served_model(path: Path, device: torch.device) -> ServedModel:
     checkpoint = load_checkpoint(path)
     return ServedModel(
         checkpoint_id=checkpoint_hash(path),
-        network=build_score_model(checkpoint).to(device),
+        network=build_score_model(checkpoint).to(device).requires_grad_(False),
         recipe=checkpoint.recipe,
         systems={system.name: system for system in checkpoint.systems},
         training_step=checkpoint.step,

@@ -35,6 +35,7 @@ from dig_scale.toys import DoubleWell, GaussianMixture, MuellerBrown, Toy
 from tests.kinds import KINDS, case, lively_model
 
 FINE = Integration(rtol=1e-6, atol=1e-6)
+EXACTING = LikelihoodSettings(FINE, tolerance=1e-4)
 WIDE = Diffusion(schedule="log-linear", noise_min=1e-4, noise_max=1e6)
 """What is left of the noise at t = 0 and of the data at t = 1 shows in no density at 1e-5."""
 MODERATE = Diffusion(schedule="log-linear", noise_min=0.02, noise_max=50)
@@ -68,7 +69,7 @@ def largest_error(toy: Toy, settings: LikelihoodSettings, n: int = 4) -> float:
 
 @pytest.mark.parametrize("dimension", [1, 2, 12, 66])
 def test_gaussian_densities_are_right_to_a_hundred_thousandth(dimension: int) -> None:
-    settings = LikelihoodSettings(Integration(rtol=3e-7, atol=3e-7))
+    settings = LikelihoodSettings(Integration(rtol=1e-8, atol=1e-8), tolerance=1e-6)
     assert largest_error(gaussian(dimension), settings) < 1e-5
 
 
@@ -78,14 +79,14 @@ def test_gaussian_densities_are_right_to_a_hundred_thousandth(dimension: int) ->
     ids=["mixture", "double-well", "mueller-brown-10", "mueller-brown-15", "mueller-brown-20"],
 )
 def test_toy_densities_are_right_to_a_thousandth(toy: Toy) -> None:
-    assert largest_error(toy, LikelihoodSettings(FINE), n=8) < 1e-3
+    assert largest_error(toy, EXACTING, n=8) < 1e-3
 
 
 @pytest.mark.parametrize(("method", "order", "steps"), [("rk4", 4, 30), ("heun", 2, 60)])
 def test_fixed_steps_converge_with_their_order(method: str, order: int, steps: int) -> None:
     system = toy_system(MIXTURE, MODERATE)
     state = drawn(system, 4)
-    exact = density_of(system, state, LikelihoodSettings(Integration(rtol=1e-8, atol=1e-8))).log_density
+    exact = density_of(system, state, LikelihoodSettings(Integration(rtol=1e-8, atol=1e-8), tolerance=1e-7)).log_density
     errors = []
     for count in (steps, 2 * steps):
         found = density_of(system, state, LikelihoodSettings(Integration(method, steps=count)))
@@ -99,7 +100,7 @@ def test_log_partition_from_densities_and_energies_is_right_to_a_hundredth(toy: 
     """Every weight is Z when the densities are right, so that the mean of few suffices."""
     system = toy_system(toy, WIDE)
     state = drawn(system, 8, seed=2)
-    found = density_of(system, state, LikelihoodSettings(Integration(rtol=1e-4, atol=1e-4)))
+    found = density_of(system, state, LikelihoodSettings(Integration(rtol=1e-4, atol=1e-4), tolerance=1e-3))
     weights = boltzmann_log_weights(system.reduced_energy(state.positions).numpy(), found.log_density.numpy())
     assert log_partition(weights, seed=0).value == pytest.approx(system.log_z, abs=0.01)
 
@@ -127,6 +128,33 @@ def test_a_batch_gives_what_single_frames_give() -> None:
     together = density_of(system, state, settings).log_density
     alone = [density_of(system, State(row.unsqueeze(0)), settings).log_density for row in state.positions]
     assert torch.allclose(together, torch.cat(alone), atol=1e-12)
+
+
+def test_rows_are_refined_until_their_integrals_stay_and_no_longer() -> None:
+    """The last change is an error that is not exceeded, and what a row gets does not depend on its company."""
+    system = toy_system(DoubleWell(4.0, 1.0), WIDE)
+    state = State(torch.tensor([[[0.0, 0, 0]], [[1.0, 0, 0]], [[1.5, 0, 0]]]).double())
+    truth = system.log_density(state.positions)
+    costs = []
+    for tolerance in (1.0, 1e-2, 1e-4):
+        settings = LikelihoodSettings(FINE, tolerance=tolerance)
+        found = density_of(system, state, settings)
+        assert (found.last_change <= tolerance).all()
+        assert ((found.log_density - truth).abs() <= found.last_change + 1e-5).all()
+        alone = [density_of(system, State(row.unsqueeze(0)), settings) for row in state.positions]
+        assert torch.allclose(torch.cat([one.log_density for one in alone]), found.log_density, atol=1e-4)
+        assert torch.allclose(torch.cat([one.last_change for one in alone]), found.last_change, atol=1e-4)
+        costs.append(found.evaluations)
+    assert costs[0] < costs[1] < costs[2]
+
+
+def test_probes_stay_with_their_rows_where_others_are_done() -> None:
+    system = toy_system(MIXTURE, MODERATE)
+    state = drawn(system, 6)
+    fine = LikelihoodSettings(FINE, Hutchinson(4, seed=3), tolerance=1e-5)
+    rough = density_of(system, state, replace(fine, tolerance=0.008))
+    assert len(set((rough.last_change > 0.002).tolist())) == 2, "all rows stopped at once"
+    assert torch.allclose(rough.log_density, density_of(system, state, fine).log_density, atol=0.008)
 
 
 SPREAD = 0.6
@@ -157,7 +185,7 @@ def test_densities_are_those_of_the_subspace_that_moves(free: bool) -> None:
 
     still = 0.0 if free else 7.0
     offsets = SPREAD * noise + still * (~context.mobile).unsqueeze(-1)
-    found = log_density(score_fn, composition, State(offsets), context, LikelihoodSettings(FINE))
+    found = log_density(score_fn, composition, State(offsets), context, EXACTING)
     expected = -0.5 * (noise**2).sum((1, 2)) - 6 * math.log(SPREAD) - 3 * math.log(2 * math.pi)
     assert degrees_of_freedom(composition, context)["positions"].tolist() == [6]
     assert torch.allclose(found.log_density, expected, atol=1e-4)
@@ -174,7 +202,7 @@ def test_densities_on_rotations_are_right_against_haar(integration: Integration)
     process = RotationProcess(eps_min=0.02, eps_max=3.0)
     toy = rotation_mixture(rotations.exp(AXES), torch.tensor([0.25, 0.4]).double(), HALVES, process)
     state = toy.sample(8, torch.Generator().manual_seed(3))
-    found = density_of(toy, state, LikelihoodSettings(integration))
+    found = density_of(toy, state, LikelihoodSettings(integration, tolerance=1e-3))
     expected = toy.log_density(state, torch.zeros(8))
     assert expected.std() > 0.5
     assert torch.allclose(found.log_density, expected, atol=1e-3)
@@ -194,7 +222,7 @@ def test_densities_on_the_torus_are_right() -> None:
     places = torch.tensor([[0.02, 0.98, 0.5], [0.45, 0.40, 0.05]], dtype=torch.float64)
     toy = wrapped_mixture(places, torch.tensor([0.06, 0.1]).double(), HALVES, WrappedNormal(0.005, 1.5))
     state = toy.sample(8, torch.Generator().manual_seed(4))
-    found = density_of(toy, state, LikelihoodSettings(FINE))
+    found = density_of(toy, state, EXACTING)
     assert torch.allclose(found.log_density, toy.log_density(state, torch.zeros(8)), atol=1e-3)
     assert found.latent.fractional.min() >= 0 and found.latent.fractional.max() < 1
 
