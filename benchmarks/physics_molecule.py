@@ -21,7 +21,7 @@ from dig_scale.evaluation.validity import BOND, STEREO, Validity, validity
 from dig_scale.geometry.alignment import aligned_rmsd
 from dig_scale.sampling.likelihood import Exact, LikelihoodSettings, log_density
 
-PHI, PSI = "dihedral:4,6,8,14", "dihedral:6,8,14,16"
+PHI, PSI = "dihedral:4,6,8,10", "dihedral:6,8,10,16"
 LEFT, RIGHT = f"left:{PHI}:-180:0", f"right:{PHI}:0:180"
 HELD_OUT, DRAWN, WEIGHED, OF_EACH_STATE = 2_000, 10_000, 500, 500
 WINDOW = (120.0, 180.0)

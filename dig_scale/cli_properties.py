@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 States = Annotated[
     list[str] | None,
     typer.Option(
-        "--state", metavar="NAME:PROPERTY:LOW:HIGH", help="As in left:dihedral:4,6,8,14:0:180; may be repeated."
+        "--state", metavar="NAME:PROPERTY:LOW:HIGH", help="As in left:dihedral:4,6,8,10:0:180; may be repeated."
     ),
 ]
 Guide = Annotated[
     str | None,
     typer.Option(
         metavar="PROPERTY",
-        help="As in dihedral:4,6,8,14, or predictor:FOLDER; with --guide-target or, of no predictor, --guide-window.",
+        help="As in dihedral:4,6,8,10, or predictor:FOLDER; with --guide-target or, of no predictor, --guide-window.",
     ),
 ]
 GuideTarget = Annotated[float | None, typer.Option(help="Wanted value: degrees, Å, or the property's own unit.")]

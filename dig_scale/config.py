@@ -364,7 +364,7 @@ class Evaluate(Section):
     bins: PositiveInt = 36
     bootstrap: PositiveInt = 200
     states: tuple[str, ...] = ()
-    """NAME:PROPERTY:LOW:HIGH, as in left:dihedral:4,6,8,14:0:180; free energies between them; one name, several windows: all."""
+    """NAME:PROPERTY:LOW:HIGH, as in left:dihedral:4,6,8,10:0:180; free energies between them; one name, several windows: all."""
     seed: int = 1
 
 

@@ -63,7 +63,7 @@ class SteerSpec(Section):
     """Feynman-Kac steering towards low values of a potential U; samples keep weights that correct averages."""
 
     potentials: tuple[str, ...] = Field(min_length=1)
-    """PROPERTY:TARGET:SPREAD is ((value - target)/spread)²/2, as in dihedral:4,6,8,14:60:20; PROPERTY alone is U itself (kT)."""
+    """PROPERTY:TARGET:SPREAD is ((value - target)/spread)²/2, as in dihedral:4,6,8,10:60:20; PROPERTY alone is U itself (kT)."""
     strength: float = 1.0
     """Multiplies the sum of the potentials."""
     resample_below: float = Field(default=0.5, ge=0, le=1)

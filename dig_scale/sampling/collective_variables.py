@@ -125,7 +125,7 @@ def property_from(text: str) -> Property:
     """
     name, separator, rest = text.partition(":")
     if not separator or not rest:
-        raise UserError(f"property {text!r}: expected one such as dihedral:4,6,8,14, or MODULE:FUNCTION")
+        raise UserError(f"property {text!r}: expected one such as dihedral:4,6,8,10, or MODULE:FUNCTION")
     if name in _NAMED:
         return _named(name, rest, text)
     if text.startswith(PREDICTOR):
@@ -168,7 +168,7 @@ def _named(name: str, listed: str, text: str) -> Property:
     try:
         sites = tuple(int(part) for part in listed.split(","))
     except ValueError:
-        raise UserError(f"property {text!r}: {listed!r} is no list of site numbers such as 4,6,8,14") from None
+        raise UserError(f"property {text!r}: {listed!r} is no list of site numbers such as 4,6,8,10") from None
     if wanted is not None and len(sites) != wanted:
         raise UserError(f"property {text!r}: {len(sites)} sites, a {name} takes {wanted}")
     return make(sites)

@@ -61,7 +61,7 @@ class State:
 
     @property
     def definition(self) -> str:
-        """In words, as in 'dihedral:4,6,8,14 from -180 to 0'."""
+        """In words, as in 'dihedral:4,6,8,10 from -180 to 0'."""
         return " and ".join(f"{one.text} from {one.low:g} to {one.high:g}" for one in self.bounds)
 
 
@@ -98,7 +98,7 @@ def states_from(texts: Sequence[str]) -> tuple[State, ...]:
         parts = rest.rsplit(":", 2)
         numbers = _numbers(parts[1:])
         if not name or len(parts) != 3 or numbers is None:
-            raise UserError(f"state {text!r}: expected NAME:PROPERTY:LOW:HIGH, as in left:dihedral:4,6,8,14:0:180")
+            raise UserError(f"state {text!r}: expected NAME:PROPERTY:LOW:HIGH, as in left:dihedral:4,6,8,10:0:180")
         prop = property_from(parts[0])
         if _period(prop) is None and not numbers[0] < numbers[1]:
             raise UserError(f"state {text!r}: {numbers[0]:g} is not below {numbers[1]:g}, and only dihedrals go round")

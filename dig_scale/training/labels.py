@@ -114,7 +114,7 @@ def _require_there(labelling: Labelling, data: TrainingData, dataset: Path) -> N
             labels = [name.removeprefix(LABEL) for name in stored if name.startswith(LABEL) or name == ENERGY]
             raise TrainingError(
                 f"{dataset}: frames of system {system.name!r} have no label {labelling.predicts.property!r} to predict; labels "
-                f"there: {', '.join(labels) or 'none'}; a property of structures is written as in dihedral:4,6,8,14"
+                f"there: {', '.join(labels) or 'none'}; a property of structures is written as in dihedral:4,6,8,10"
             )
 
 

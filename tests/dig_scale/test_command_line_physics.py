@@ -29,7 +29,7 @@ from tests.truth.test_score_model import lively_model
 
 TINY = Model(layers=1, width=16, heads=2, feed_forward=16, radial_kernels=16, vector_channels=4, kernels="reference")
 FLEXIBLE = Simulate(constraints="none", implicit_solvent="none")
-PHI = "dihedral:4,6,8,14"
+PHI = "dihedral:4,6,8,10"
 QUICK = ("--method", "heun", "--steps", 3, "--divergence", "hutchinson", "--probes", 2, "--workers", 1)
 
 
@@ -306,7 +306,7 @@ def test_weights_that_one_sample_carries_are_not_to_be_trusted(
         ("near:0:10", "expected NAME:PROPERTY:LOW:HIGH"),
         ("near:distance:0,1:9:1", "9 is not below 1"),
         ("near:distance:0,99:1:9", "distance of site 99"),
-        ("near:dihedral:4,6,8,14:-inf:0", "finite angles in degrees"),
+        ("near:dihedral:4,6,8,10:-inf:0", "finite angles in degrees"),
     ],
 )
 def test_a_state_that_is_none_is_one_line(command: Command, weighted: Path, state: str, said: str) -> None:
@@ -351,7 +351,7 @@ def test_steered_samples_keep_their_weights_and_grow_by_populations(
     found = read_ensemble(tmp_path / "s")
     assert found.bias is not None and found.log_weights is not None and found.log_weights_towards == STEERED
     np.testing.assert_array_equal(found.log_weights[:16], before.log_weights)
-    phi = np.degrees(dihedrals(found.positions, np.array([[4, 6, 8, 14]]))[:, 0])
+    phi = np.degrees(dihedrals(found.positions, np.array([[4, 6, 8, 10]]))[:, 0])
     apart = np.mod(phi - 60.0 + 180.0, 360.0) - 180.0
     np.testing.assert_allclose(found.bias, 0.5 * 0.5 * (apart / 20.0) ** 2, rtol=1e-3, atol=1e-3)
     populations = found.provenance["populations"]
