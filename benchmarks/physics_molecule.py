@@ -139,7 +139,7 @@ def path_rows(runs: Path) -> list[Row]:
     frames = _held_out_frames(model)
     ends = [out / "c7eq.pdb", out / "c7ax.pdb"]
     for path, place in zip(ends, (C7_EQUATORIAL, C7_AXIAL), strict=True):
-        write_pdb(path, frames.system, frames.positions[[_nearest(frames, place)]])
+        write_pdb(path, frames.system, frames.positions[_nearest(frames, place)])
     dig_scale("interpolate", *ends, "--model", model, "--frames", 41, "--out", out / "frames")
     found = read_ensemble(out / "frames")
     ends_off = [

@@ -86,11 +86,11 @@ class Hutchinson:
 @dataclass(frozen=True)
 class LikelihoodSettings:
     """How the ODE is integrated and its divergence taken; with adaptive steps the nodes of the integral of the divergence are
-    doubled until that changes it by `tolerance` nat at most, which is several times its error."""
+    doubled until that changes it by `tolerance` nat at most, which is several times its error (alanine dipeptide: 0.2 of 1)."""
 
     integration: Integration = field(default_factory=Integration)
     divergence: Exact | Hutchinson = field(default_factory=Exact)
-    tolerance: float = 0.5
+    tolerance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.tolerance <= 0:
