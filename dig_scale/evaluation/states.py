@@ -75,7 +75,8 @@ def state_table(states: Sequence[State], ensemble: Ensemble) -> StateTable:
     Samples that lie elsewhere than the model's are weighted back to it, so that all numbers of the model are its own.
     """
     kept = ensemble.take(usable(ensemble))
-    masks, weights, back = state_masks(states, kept), _weights_of(kept), _back_to_the_model(kept)
+    masks = state_masks(states, kept)
+    weights, back = (_weights_of(log, kept) for log in (kept.correcting_log_weights, kept.model_log_weights))
     log_weights, replicates = (None, None) if back is None else (back.log, back.replicates)
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
     rows = tuple(
@@ -137,14 +138,8 @@ class _Weights:
     replicates: np.ndarray | None
 
 
-def _weights_of(ensemble: Ensemble) -> _Weights | None:
-    found = ensemble.correcting_log_weights
-    return None if found is None else _Weights(found, ensemble.replicates)
-
-
-def _back_to_the_model(ensemble: Ensemble) -> _Weights | None:
-    found = ensemble.model_log_weights
-    return None if found is None else _Weights(found, ensemble.replicates)
+def _weights_of(log_weights: np.ndarray | None, ensemble: Ensemble) -> _Weights | None:
+    return None if log_weights is None else _Weights(log_weights, ensemble.replicates)
 
 
 def _difference(

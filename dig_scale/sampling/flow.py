@@ -143,49 +143,37 @@ def on_manifold(values: Values, like: State) -> State:
     return State(**found)
 
 
-@torch.no_grad()
 def integrate(
     slope: Slope, values: Values, extra: Tensor, start: float, end: float, integration: Integration
 ) -> tuple[Values, Tensor]:
     """Values and extra [B, K] at t = end, from those at t = start."""
-    names = tuple(values)
     times = torch.tensor([start, end], dtype=torch.float64, device=extra.device)
+    return _along(slope, values, extra, times, integration)[-1]
+
+
+def path(
+    score_fn: ScoreFn, composition: Composition, context: Context, state: State, times: Tensor, integration: Integration
+) -> list[Values]:
+    """What a clean state has become at each of `times`, which rise from 0."""
+    values, slope = starting_values(composition, state), _without_extra(score_fn, composition, context, state)
+    return [now for now, _ in _along(slope, values, _nothing(values), times, integration)]
+
+
+@torch.no_grad()
+def _along(
+    slope: Slope, values: Values, extra: Tensor, times: Tensor, integration: Integration
+) -> list[tuple[Values, Tensor]]:
+    """Values and extra at each of `times`, from those at the first."""
+    names = tuple(values)
 
     def function(t: Tensor, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rates, rate = slope(t, dict(zip(names, packed[:-1], strict=True)), packed[-1])
         return (*(rates[name] for name in names), rate)
 
     packed = (*(value.double() for value in values.values()), extra.double())
-    ended = _integrated(function, packed, times, integration)
-    return dict(zip(names, (part[-1] for part in ended[:-1]), strict=True)), ended[-1][-1]
-
-
-@torch.no_grad()
-def path(
-    score_fn: ScoreFn, composition: Composition, context: Context, state: State, times: Tensor, integration: Integration
-) -> list[Values]:
-    """What a clean state has become at each of `times`, which rise from 0."""
-    values, slope = starting_values(composition, state), _without_extra(score_fn, composition, context, state)
-    names = tuple(values)
-
-    def function(t: Tensor, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rates, _ = slope(t, dict(zip(names, packed, strict=True)), _nothing(values))
-        return tuple(rates[name] for name in names)
-
-    found = _integrated(function, tuple(value.double() for value in values.values()), times, integration)
-    return [dict(zip(names, parts, strict=True)) for parts in zip(*found, strict=True)]
-
-
-def _integrated(
-    function: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-    packed: tuple[Tensor, ...],
-    times: Tensor,
-    integration: Integration,
-) -> tuple[Tensor, ...]:
-    """Every part at every time [T, ...]."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchdiffeq")
-        found: tuple[Tensor, ...] = odeint(
+        found = odeint(
             function,
             packed,
             times,
@@ -194,7 +182,7 @@ def _integrated(
             method=_METHODS[integration.method],
             options=_options(integration, times),
         )
-    return found
+    return [(dict(zip(names, parts, strict=True)), gained) for *parts, gained in zip(*found, strict=True)]
 
 
 def _options(integration: Integration, times: Tensor) -> dict[str, Any]:

@@ -180,15 +180,11 @@ def _by_quadrature(probe: _Probe, counts: Counts, settings: LikelihoodSettings) 
 
 def _divergences(probe: _Probe, counts: Counts, times: Tensor, settings: LikelihoodSettings) -> tuple[Tensor, Values]:
     """Divergence of the flow at rising times, [T, B, columns], and the values at the last of them."""
-    zero = torch.zeros(1, dtype=torch.float64)
-    asked = torch.cat([zero, times[times > 0]]).to(next(iter(counts.values())).device)
-    values = flow.path(probe.score_fn, probe.composition, probe.context, probe.like, asked, settings.integration)[
-        len(asked) - len(times) :
-    ]
-    found = [
-        probe(now, t)[1] + _spreading(probe.composition, counts, t)
-        for now, t in zip(values, asked[len(asked) - len(times) :], strict=True)
-    ]
+    times = times.to(next(iter(counts.values())).device)
+    from_zero = times if times[0] == 0 else torch.cat([torch.zeros_like(times[:1]), times])
+    path = flow.path(probe.score_fn, probe.composition, probe.context, probe.like, from_zero, settings.integration)
+    values = path[-len(times) :]
+    found = [probe(now, t)[1] + _spreading(probe.composition, counts, t) for now, t in zip(values, times, strict=True)]
     return torch.stack(found), values[-1]
 
 

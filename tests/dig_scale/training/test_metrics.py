@@ -69,6 +69,7 @@ def test_row_adds_up_the_ranks() -> None:
     assert row["data_wait_share"] == pytest.approx(0.25)
     assert row["cpu_seconds"] == 4.0
     assert row["step_ms_p50"] == pytest.approx(200)
+    assert row["step_ms_mean"] == pytest.approx(200)
     assert row["loss_by_level"][LEVELS // 2] == 2.0
     assert total.stop
     json.dumps(row)
