@@ -1,4 +1,5 @@
-"""The commands that ask a model about physics: interpolate, ablate, density, combine, reweight; part of dig_scale.cli.
+"""The commands that ask a model, or an energy, about physics: interpolate, posterior, ablate, density, combine, reweight; part of
+dig_scale.cli.
 
 In: checkpoints, structures and ensembles. Out: folders that other tools read.
 """
@@ -46,6 +47,26 @@ def interpolate(
     errors = " and ".join(f"{error:.3f}" for error in found.end_rmsd)
     typer.echo(f"{frames} frames, ends {errors} Å from the structures given: {out}")
     typer.echo(f"frames: {found.validity.in_words()}")
+
+
+@physics.command()
+def posterior(
+    trajectories: Annotated[
+        list[Path], typer.Argument(help="Folders or .zarr trajectories of structures to begin with.")
+    ],
+    recipe: Annotated[str, typer.Option(help="With [simulate], whose energy it is, and [train.posterior].")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pairs; carried on if there.")],
+    overrides: Overrides = None,
+) -> None:
+    """Sample under an energy what noised structures were before the noise: means that [train.posterior] learns from."""
+    from dig_scale.recipe_files import load_recipe
+    from dig_scale.stages.posterior import posterior_stage
+
+    found = posterior_stage(load_recipe(recipe, overrides or []), trajectories, out)
+    lost = f", {found.lost} without numbers left out" if found.lost else ""
+    typer.echo(
+        f"{found.count} pairs in {found.seconds:.0f} s{lost}; set train.posterior.pairs = {str(found.dataset)!r}"
+    )
 
 
 @physics.command()

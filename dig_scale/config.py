@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dig_scale.config_physics import Ablate, PhysicsInformed
+from dig_scale.config_physics import Ablate, PhysicsInformed, Posterior
 from dig_scale.config_properties import GuideSpec, Predict, SteerSpec
 from dig_scale.config_section import PositiveFloat, PositiveInt, Section
 from dig_scale.template_layout import TEMPLATE_FEATURES
@@ -318,6 +318,7 @@ class Train(Section):
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of the frames whose properties are hidden from a conditioned model, so that it also learns to do without."""
     physics_informed: PhysicsInformed | None = None
+    posterior: Posterior | None = None
     log_every: PositiveInt = 50
     validate_every: PositiveInt = 500
     checkpoint_every: PositiveInt = 500
@@ -399,6 +400,7 @@ class Recipe(Section):
             raise ValueError(
                 "simulate.walkers must be 1 with simulate.replica_exchange, whose temperatures are its walkers"
             )
-        if self.predict and (self.ablate or (self.train and self.train.physics_informed)):
-            raise ValueError("[predict] trains no score model, which train.physics_informed and [ablate] are about")
+        energetic = self.train and (self.train.physics_informed or self.train.posterior)
+        if self.predict and (self.ablate or energetic):
+            raise ValueError("[predict] trains no score model, which learning from an energy and [ablate] are about")
         return self

@@ -1,5 +1,5 @@
-"""The sections of a recipe that train from an energy function: [train.physics_informed], and [ablate], which asks what it is
-worth."""
+"""The sections of a recipe that train from an energy function: [train.physics_informed] and [train.posterior], and [ablate],
+which asks what they are worth."""
 
 from __future__ import annotations
 
@@ -45,6 +45,24 @@ class PhysicsInformed(Section):
     """k of the density exp(-k t) of times; 0 is uniform."""
     force_decades: PositiveFloat = 3.0
     """Orders of magnitude above the smallest force within which candidates are kept."""
+
+
+class Posterior(Section):
+    """Denoising learned from an energy, without data: up to a noise level, the mean clean structure given a noised one is sampled
+    by Langevin dynamics (`dig-scale posterior`) and learned; frames are denoised above that level alone."""
+
+    pairs: Path | None = None
+    """Packed dataset of `dig-scale posterior`: noised structures and their means."""
+    noise_max: PositiveFloat = 0.5
+    """Å; the level. Dynamics must cross what barriers are as wide as it."""
+    copies: PositiveInt = 2
+    """Noised copies of each structure."""
+    step: PositiveFloat = 0.01
+    """Å that a coordinate moves in one step at its thermal velocity; 2 fs of carbon at room temperature."""
+    periods: PositiveInt = 4
+    """Length of the dynamics in periods 2 pi noise of the restraint to the noised structure; means are of the later half."""
+    batch: PositiveInt = 64
+    """Pairs per step, over all ranks."""
 
 
 class Ablate(Section):

@@ -90,9 +90,10 @@ def _anchor_files(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(entries, list):
             anchored[key] = [_anchored_representations(_anchored_entry(one, named, folder), folder) for one in entries]
     train = anchored.get("train")
-    if isinstance(train, dict) and "physics_informed" in train:
-        candidates = _anchored_entry(train["physics_informed"], ("candidates",), folder)
-        anchored["train"] = train | {"physics_informed": candidates}
+    for key, name in (("physics_informed", "candidates"), ("posterior", "pairs")):
+        if isinstance(train, dict) and key in train:
+            train = train | {key: _anchored_entry(train[key], (name,), folder)}
+            anchored["train"] = train
     sample = anchored.get("sample")
     if isinstance(sample, dict) and "guide" in sample:
         anchored["sample"] = sample | {"guide": _anchored_predictor(sample["guide"], folder)}

@@ -35,9 +35,13 @@ ENERGY = "energy"
 FORCES = "forces"
 ROTATIONS = "rotations"
 CELL = "cell"
-PER_SITE = (POSITIONS, FORCES, ROTATIONS)
+NOISED = "noised"
+PER_SITE = (POSITIONS, FORCES, ROTATIONS, NOISED)
+_OPTIONAL = (ENERGY, FORCES, ROTATIONS, CELL, NOISED)
 LABEL = "label_"
 """A property of a frame is stored as LABEL + its name."""
+NOISE_STD = "noise_std"
+"""Label of frames that have noised structures: the noise in Å."""
 MISSING_LABEL = float(np.finfo(np.float64).max)
 """Stands in stores for a property that is not known of a frame (NaN in Frames); no number in fp32."""
 
@@ -57,13 +61,14 @@ def evenly_spread(count: int, at_most: int) -> np.ndarray:
 
 
 def field_specs(n_sites: int, names: Sequence[str]) -> tuple[FieldSpec, ...]:
-    """Declarations of `names` among positions, energy, forces for a system of `n_sites`; raises UserError on another."""
+    """Declarations of `names` that frames may have for a system of `n_sites`; raises UserError on another."""
     known = {
         POSITIONS: FieldSpec(POSITIONS, (n_sites, 3), "int32", POSITION_GRID, "angstrom"),
         ENERGY: FieldSpec(ENERGY, (), "float64", None, "eV"),
         FORCES: FieldSpec(FORCES, (n_sites, 3), "float32", None, "eV/angstrom"),
         ROTATIONS: FieldSpec(ROTATIONS, (n_sites, 3, 3), "float32", None, "1"),
         CELL: FieldSpec(CELL, (3, 3), "float64", None, "angstrom"),
+        NOISED: FieldSpec(NOISED, (n_sites, 3), "int32", POSITION_GRID, "angstrom"),
     }
     known |= {name: FieldSpec(name, (), "float64", None, "of the label") for name in names if name.startswith(LABEL)}
     unknown = [name for name in names if name not in known]
@@ -74,9 +79,9 @@ def field_specs(n_sites: int, names: Sequence[str]) -> tuple[FieldSpec, ...]:
 
 def field_names(frames: Frames) -> tuple[str, ...]:
     """The stored fields that these frames can fill."""
-    optional = ((ENERGY, frames.energy), (FORCES, frames.forces), (ROTATIONS, frames.rotations), (CELL, frames.cell))
+    optional = {name: getattr(frames, name) for name in _OPTIONAL}
     labels = (LABEL + name for name in sorted(frames.labels))
-    return (POSITIONS, *(name for name, values in optional if values is not None), *labels)
+    return (POSITIONS, *(name for name, values in optional.items() if values is not None), *labels)
 
 
 def frame_arrays(frames: Frames) -> dict[str, np.ndarray]:
@@ -117,7 +122,7 @@ def read_trajectory_frames(path: Path) -> tuple[System, Frames]:
     values = {spec.name: _read(reader, spec.name) for spec in reader.fields}
     time_ps = origin["first_frame_ps"] + origin["frame_spacing_ps"] * np.arange(count)
     labels = {name.removeprefix(LABEL): _known_labels(v) for name, v in values.items() if name.startswith(LABEL)}
-    optional = {name: values.get(name) for name in (ENERGY, FORCES, ROTATIONS, CELL)}
+    optional = {name: values.get(name) for name in _OPTIONAL}
     return system, Frames(values[POSITIONS], time_ps, **optional, labels=labels)
 
 

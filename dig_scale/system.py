@@ -209,7 +209,8 @@ class System:
 class Frames:
     """Conformations over physical time, or independent structures: positions [F, N, 3] Å, time_ps [F], energy [F] eV,
     forces [F, N, 3] eV/Å; rotations [F, N, 3, 3] of residue frames (columns are their axes); cell [F, 3, 3] Å where it
-    varies; labels: name -> property [F] (in the unit that the name of the property implies to its user).
+    varies; noised [F, N, 3] Å, where positions are means given noised structures; labels: name -> property [F] (in the unit
+    that the name of the property implies to its user).
     """
 
     positions: np.ndarray
@@ -218,12 +219,13 @@ class Frames:
     forces: np.ndarray | None = None
     rotations: np.ndarray | None = None
     cell: np.ndarray | None = None
+    noised: np.ndarray | None = None
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.positions.ndim != 3 or self.positions.shape[-1] != 3:
             raise InvalidSystemError(f"frames: positions have shape {self.positions.shape}, expected (F, N, 3) in Å")
-        given = {name: getattr(self, name) for name in ("time_ps", "energy", "forces", "rotations", "cell")}
+        given = {name: getattr(self, name) for name in ("time_ps", "energy", "forces", "rotations", "cell", "noised")}
         for name, values in (given | {f"label {key!r}": value for key, value in self.labels.items()}).items():
             if values is not None and len(values) != len(self.positions):
                 raise InvalidSystemError(

@@ -4,11 +4,13 @@ alone, on a few frames alone and on both, and compares what each samples with th
 In: a recipe with [simulate] (or trajectories of it that are there), [train.physics_informed] and [ablate]. Out: a folder
 
     trajectories/, few/, candidates/        the reference, and the two datasets that are drawn from it
+    posterior/                              where [train.posterior] asks for them, pairs made from the candidates
     energy/, data/, both/                   model, ensemble and report of each training
     ablation.json, ablation.csv             the table
 
 which is carried on when the command is given again. The energy alone sees no frame at the target temperature: its candidates
-are of hotter trajectories, for which it is told the forces and the target's kT. A stage of the command line.
+are of hotter trajectories, for which it is told the forces and the target's kT. Where a training has so many seconds, those
+that made its pairs are among them. A stage of the command line.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from dig_shards.durable import replace_durably
 from dig_shards.manifest import TRAIN, load_manifest
 
 from dig_scale import records
-from dig_scale.config import Ablate, Pack, PhysicsInformed, Recipe, Train
+from dig_scale.config import Ablate, Pack, PhysicsInformed, Posterior, Recipe, Train
 from dig_scale.errors import UserError
 from dig_scale.stages.data import simulate_stage
 from dig_scale.stages.evaluate import evaluate_stage
+from dig_scale.stages.posterior import posterior_stage
 from dig_scale.stages.sample import sample_stage, shared_out
 from dig_scale.stages.train import train_stage
 from dig_scale.system import Frames
@@ -49,6 +52,8 @@ class Arm:
     recipe: Recipe
     frames: int
     candidates: int
+    prepared_seconds: float = 0.0
+    """Of the dynamics that made its pairs."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,13 @@ def arms_of(recipe: Recipe, trajectories: Path, out: Path) -> tuple[Arm, ...]:
     few = _drawn(recipe, trajectories, target, settings.frames, out / "few")
     candidates = physics.candidates or _hot_candidates(recipe, trajectories, target, out / "candidates")
     told = physics.model_copy(update={"candidates": candidates, "temperature": target})
+    pairs, seconds = _pairs(recipe, train, target, out)
     number, hot = (load_manifest(folder).frames(TRAIN) for folder in (few, candidates))
 
     def arm(name: str, folder: str, informed: PhysicsInformed | None, data: Path, counts: tuple[int, int]) -> Arm:
-        trained = train.model_copy(update={"physics_informed": informed})
-        return Arm(name, out / folder, data, recipe.model_copy(update={"train": trained}), *counts)
+        energy = {"physics_informed": informed, "posterior": pairs if informed is not None else None}
+        changed = recipe.model_copy(update={"train": train.model_copy(update=energy)})
+        return Arm(name, out / folder, data, changed, *counts, seconds if informed is not None else 0.0)
 
     return (
         arm(
@@ -153,6 +160,18 @@ def arms_of(recipe: Recipe, trajectories: Path, out: Path) -> tuple[Arm, ...]:
         arm("data only", "data", None, few, (number, 0)),
         arm("both", "both", told, few, (number, hot)),
     )
+
+
+def _pairs(recipe: Recipe, train: Train, target: float, out: Path) -> tuple[Posterior | None, float]:
+    """[train.posterior] with its pairs, made from the candidates where the recipe names none, and the seconds of that."""
+    if train.posterior is None or train.posterior.pairs is not None:
+        return train.posterior, 0.0
+    if not (out / "candidates").is_dir():
+        raise UserError("train.physics_informed.candidates are given: give train.posterior.pairs made from them, too")
+    simulate = recipe.simulate and recipe.simulate.model_copy(update={"temperature": target})
+    recipe = recipe.model_copy(update={"simulate": simulate})
+    found = posterior_stage(recipe, [out / "candidates" / "trajectories"], out / "posterior")
+    return train.posterior.model_copy(update={"pairs": found.dataset}), found.seconds
 
 
 def _target(recipe: Recipe, physics: PhysicsInformed) -> float:
@@ -219,7 +238,7 @@ def _budgeted(arms: Sequence[Arm], settings: Ablate, out: Path) -> list[Arm]:
     plan: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
     for arm in arms:
         if arm.name not in plan:
-            plan[arm.name] = max(1, int(settings.seconds / _seconds_per_step(arm)))
+            plan[arm.name] = max(1, int((settings.seconds - arm.prepared_seconds) / _seconds_per_step(arm)))
             replace_durably(path, json.dumps(plan, indent=1).encode())
     return [_with_steps(arm, plan[arm.name]) for arm in arms]
 
@@ -253,7 +272,8 @@ def _judged(arm: Arm, trajectories: Path) -> tuple[Row, str]:
     train_stage(arm.recipe, arm.dataset, model)
     ensemble = sample_stage(shared_out(model, None, arm.recipe.sample, drawn))[0]
     cost = ensemble.provenance["training_cost"]
-    known = (arm.name, arm.frames, arm.candidates, arm.recipe.train.steps, cost["wall_seconds"], cost["cpu_seconds"])
+    wall = arm.prepared_seconds + cost["wall_seconds"]
+    known = (arm.name, arm.frames, arm.candidates, arm.recipe.train.steps, wall, cost["cpu_seconds"])
     try:
         page = evaluate_stage(drawn, trajectories, arm.recipe.evaluate, report)
     except UserError as error:

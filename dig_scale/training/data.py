@@ -101,12 +101,14 @@ class TrainingData:
     conditions: tuple[Condition, ...]
     label: Callable[[TrainingData, np.ndarray, State], Labels] | None = None
     """What a predictor learns of frames and their clean states; see training.labels."""
+    first_time: float = 0.0
+    """Frames are denoised from this t on; see training.posterior for what is learned below it."""
 
     def micro_batch(self, ids: np.ndarray, t: Tensor, noise: State) -> MicroBatch:
         """Read frames of systems of one kind."""
         rows = self.system_of(ids)
         state = self.clean(ids)
-        context = self._conditioned(collate([self.contexts[row] for row in rows]), ids, rows)
+        context = self._conditioned(collate([self.contexts[row] for row in rows]), ids)
         batch = Batch(state, context, tuple(dict.fromkeys(self.systems[row].name for row in rows)))
         labels = None if self.label is None else self.label(self, ids, state)
         largest = max(self.systems[row].n_sites for row in set(rows.tolist()))
@@ -116,7 +118,7 @@ class TrainingData:
         """Clean states of frames of systems of one kind."""
         rows = self.system_of(ids)
         composition = self.compositions[rows[0]]
-        arrays = {name: self._read(ids, rows, name) for name in composition.stored}
+        arrays = {name: self.stored(ids, name) for name in composition.stored}
         return composition.state(arrays, self.host_context(rows), _places(ids))
 
     def host_context(self, rows: np.ndarray) -> Context:
@@ -132,8 +134,9 @@ class TrainingData:
         """Numbers of the systems that frames belong to."""
         return np.searchsorted(self.reader.offsets, ids, side="right") - 1
 
-    def _read(self, ids: np.ndarray, rows: np.ndarray, name: str) -> Tensor:
-        """One field [B, ...] of frames; per-site fields of mixed batches are padded with 0."""
+    def stored(self, ids: np.ndarray, name: str) -> Tensor:
+        """One stored field [B, ...] of frames; per-site fields of mixed batches are padded with 0."""
+        rows = self.system_of(ids)
         if (rows == rows[0]).all() and self.contexts[rows[0]].n_sites == self.systems[rows[0]].n_sites:
             return torch.from_numpy(self.reader.read_batch(ids, name)).float()
         found: dict[int, Tensor] = {}
@@ -145,11 +148,11 @@ class TrainingData:
             found |= dict(zip(part.places.tolist(), values, strict=True))
         return torch.stack([found[place] for place in range(len(ids))])
 
-    def _conditioned(self, context: Context, ids: np.ndarray, rows: np.ndarray) -> Context:
+    def _conditioned(self, context: Context, ids: np.ndarray) -> Context:
         """The context with the properties of these frames, where the model has conditions."""
         if not self.conditions:
             return context
-        values = [(self._read(ids, rows, LABEL + c.name) - c.centre) / c.spread for c in self.conditions]
+        values = [(self.stored(ids, LABEL + c.name) - c.centre) / c.spread for c in self.conditions]
         condition = torch.stack(values, dim=1).to(context.present.device)
         known = torch.isfinite(condition)
         return replace(context, condition=torch.where(known, condition, 0.0), known=known)
@@ -228,6 +231,7 @@ def step_input(data: TrainingData, train: Train, ranks: Ranks, step: int, cursor
     ids, next_cursor = _draw_ids(data.reader, cursor, train, ranks)
     first = ranks.rank * share.rows
     times = draw_times(train.global_batch, train.time_sampling, counter_generator(train.seed, "times", step))
+    times = data.first_time + (1 - data.first_time) * times
     hidden = torch.rand(train.global_batch, generator=counter_generator(train.seed, "hidden", step))
     noise = noise_rows(data, ids, train.seed, f"noise {step}", range(first, first + share.rows))
     mine = slice(first, first + share.rows)

@@ -108,6 +108,8 @@ class Window:
     waits: list[float] = field(default_factory=list)
     physics_losses: list[float] = field(default_factory=list)
     """Of candidates, one per evaluation, without their weight; empty in runs without an energy."""
+    posterior_losses: list[float] = field(default_factory=list)
+    """Of pairs of `dig-scale posterior`, likewise."""
     flops: float = 0.0
     samples: int = 0
     gradient_norm: float = 0.0
@@ -116,10 +118,13 @@ class Window:
 
     def vector(self, cpu_seconds: float, stop: float) -> np.ndarray:
         """Sums to be added over the ranks: loss, steps, wait, time, flops, samples, CPU seconds, stop votes, physics
-        loss and its evaluations, level sums."""
+        loss and its evaluations, the same of pairs, level sums."""
         head = [sum(self.losses), len(self.losses), sum(self.waits), sum(self.seconds), self.flops, self.samples]
         levels = [self.levels.total.cpu().numpy(), self.levels.count.cpu().numpy()]
-        return np.concatenate([[*head, cpu_seconds, stop, sum(self.physics_losses), len(self.physics_losses)], *levels])
+        others = [
+            part for losses in (self.physics_losses, self.posterior_losses) for part in (sum(losses), len(losses))
+        ]
+        return np.concatenate([[*head, cpu_seconds, stop, *others], *levels])
 
 
 @dataclass(frozen=True)
@@ -133,15 +138,17 @@ class WindowSum:
     cpu_seconds: float
     stop: bool
     physics_loss: float
+    posterior_loss: float
     loss_by_level: list[float | None]
 
     @classmethod
     def of(cls, vector: np.ndarray) -> WindowSum:
         """Unpack the sum of the ranks' vectors."""
-        loss, steps, wait, seconds, flops, samples, cpu, stop, physics, evaluations = vector[:10].tolist()
-        by_level = level_means(vector[10 : 10 + LEVELS], vector[10 + LEVELS :])
-        of_physics = physics / max(evaluations, 1)
-        return cls(loss / steps, wait / max(seconds, 1e-9), flops, samples, cpu, stop > 0, of_physics, by_level)
+        loss, steps, wait, seconds, flops, samples, cpu, stop, *others = vector[: -2 * LEVELS].tolist()
+        by_level = level_means(vector[-2 * LEVELS : -LEVELS], vector[-LEVELS:])
+        physics, posterior = (total / max(count, 1) for total, count in zip(others[::2], others[1::2], strict=True))
+        wait_share = wait / max(seconds, 1e-9)
+        return cls(loss / steps, wait_share, flops, samples, cpu, stop > 0, physics, posterior, by_level)
 
 
 def train_row(window: Window, total: WindowSum, throughput: Throughput, **known: Any) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def train_row(window: Window, total: WindowSum, throughput: Throughput, **known:
         **known,
         "loss": total.loss,
         **({"physics_loss": total.physics_loss} if window.physics_losses else {}),
+        **({"posterior_loss": total.posterior_loss} if window.posterior_losses else {}),
         "loss_by_level": total.loss_by_level,
         "gradient_norm": window.gradient_norm,
         "frames_crc32": window.frames_crc32,

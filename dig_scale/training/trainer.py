@@ -48,6 +48,7 @@ from dig_scale.training.labels import labelled, predicted_by
 from dig_scale.training.launch import end_with_launcher, read_recipe
 from dig_scale.training.objective import Objective
 from dig_scale.training.physics import PhysicsData, open_candidates
+from dig_scale.training.posterior import PosteriorData, open_posterior
 from dig_scale.training.prior import prior_warning
 from dig_scale.training.run_folder import Progress
 from dig_scale.training.stopping import StopOnSignal
@@ -66,6 +67,7 @@ class Run:
     data: TrainingData
     validation: TrainingData | None
     candidates: PhysicsData | None
+    posterior: PosteriorData | None
     predicts: Predicted | None
     engine: zero.ZeroEngine
     live: tuple[Fragment, ...]
@@ -182,6 +184,9 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
     precision = precision_of(settings, ranks.device)
     engine = zero.start_engine(Objective(new_network(recipe, settings, predicts), precision), settings, ranks)
     resumed, ema = _resume(engine, settings, ranks, out)
+    posterior = open_posterior(recipe, data, ranks)
+    if posterior is not None:
+        data = replace(data, first_time=posterior.share)
     return Run(
         recipe=recipe,
         train=settings,
@@ -189,6 +194,7 @@ def _prepare(recipe: Recipe, settings: Train, ranks: zero.Ranks, dataset: Path, 
         data=labelled(data, predicts),
         validation=validation and labelled(validation, predicts),
         candidates=open_candidates(recipe, dataset, ranks),
+        posterior=posterior,
         predicts=predicts,
         engine=engine,
         live=zero.local_fragments(engine),
@@ -251,10 +257,12 @@ def _one_step(run: Run, step: int, item: StepInput, window: metrics.Window) -> N
     """Forward, backward and update of one global batch; adds to `window`."""
     total = torch.zeros((), device=run.ranks.device)
     count = len(item.micro_batches)
+    share = 1.0 if run.posterior is None else 1 - run.posterior.share
     for number, micro in enumerate(item.micro_batches):
-        loss = _denoising(run, micro, window)
+        loss = share * _denoising(run, micro, window)
         if number + 1 == count:
-            loss = loss + count * _physics(run, step, window)  # `count` undoes the mean over micro-batches
+            # `count` undoes the mean over micro-batches
+            loss = loss + count * (_physics(run, step, window) + _posterior(run, step, window))
             zero.backward_last_(run.engine, loss)
         else:
             zero.accumulate_(run.engine, loss)
@@ -289,6 +297,16 @@ def _physics(run: Run, step: int, window: metrics.Window) -> Tensor:
     window.physics_losses.append(float(losses.detach().mean()))
     window.samples += 0 if _denoising_weight(run.train) else len(losses)
     return run.candidates.settings.weight * losses.mean()
+
+
+def _posterior(run: Run, step: int, window: metrics.Window) -> Tensor:
+    """Weighted loss of the step's pairs of noised and mean clean structures, which stand for denoising at low noise."""
+    if run.posterior is None:
+        return torch.zeros((), device=run.ranks.device)
+    losses = run.engine(run.posterior.batch(step, run.ranks))
+    window.posterior_losses.append(float(losses.detach().mean()))
+    window.samples += len(losses)
+    return run.posterior.share * losses.mean()
 
 
 def _denoising_weight(settings: Train) -> float:
