@@ -87,3 +87,25 @@ class _Restrained:
         """-grad of u + |x - centre|²/(2 variance), 1/Å; 0 of sites that do not move."""
         forces = self.potential.energy_and_forces(x)[1] / self.potential.kT_ev
         return np.where(self.mobile, forces - (x - self.centre) / self.variance, 0.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Noised structures [F, N, 3] Å at like levels [F] Å, where their dynamics start, and the seed of their random numbers."""
+
+    noised: np.ndarray
+    noise_std: np.ndarray
+    start: np.ndarray
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MeansOfPart:
+    """posterior_means of a Part with a potential, wherever that is."""
+
+    dynamics: Dynamics
+
+    def __call__(self, potential: Potential, part: Part) -> np.ndarray:
+        """[F, N, 3] Å."""
+        given = (part.noised, part.noise_std, part.start, potential.system.mobile)
+        return posterior_means(potential, *given, self.dynamics, np.random.default_rng(part.seed))

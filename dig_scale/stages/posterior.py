@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from dig_scale.importers.stores import write_store
 from dig_scale.progress import Reporter, stage
 from dig_scale.run_record import claim
 from dig_scale.system import Frames, System
+
+if TYPE_CHECKING:
+    from dig_scale.simulation.posterior import Dynamics, Part
 
 COST = "cost.json"
 _BATCH = 256
@@ -102,10 +105,10 @@ def _write(
     recipe: Recipe, settings: Posterior, simulate: Simulate, path: Path, store: Path, report: Reporter
 ) -> dict[str, int]:
     """The pairs of one trajectory as a store; how many they are, and how many were lost."""
-    from dig_scale.simulation.posterior import Dynamics
-    from dig_scale.simulation.posterior_actors import Part, means_of_parts
+    from dig_scale.simulation.posterior import Dynamics, Part
 
     assert recipe.train is not None
+    dynamics = Dynamics(settings.step, settings.periods)
     system, frames = records.read_trajectory_frames(path)
     levels = noise_levels(recipe, settings, system, settings.copies * frames.n_frames)
     seed = (recipe.train.seed, zlib.crc32(path.name.encode()))
@@ -114,14 +117,9 @@ def _write(
     noised = clean + levels[:, None, None] * generator.standard_normal(clean.shape) * system.mobile[:, None]
     rows = [slice(low, low + _BATCH) for low in range(0, len(levels), _BATCH)]
     parts = [Part(noised[row], levels[row], clean[row], (*seed, k)) for k, row in enumerate(rows)]
-    report(0, len(parts), f"{len(levels)} pairs of {system.name}")
-    found = means_of_parts(
-        system,
-        simulate,
-        Dynamics(settings.step, settings.periods),
-        parts,
-        lambda done: report(done, len(parts), f"{len(levels)} pairs of {system.name}"),
-    )
+    words = f"{len(levels)} pairs of {system.name}"
+    report(0, len(parts), words)
+    found = _means(system, simulate, dynamics, parts, lambda done: report(done, len(parts), words))
     means = np.concatenate(found)
     kept = np.isfinite(means).all(axis=(1, 2))
     if not kept.any():
@@ -145,3 +143,22 @@ def noise_levels(recipe: Recipe, settings: Posterior, system: System, count: int
     schedule = schedule_from(recipe.diffusion)
     last = schedule.time_of(torch.tensor(settings.noise_max, dtype=torch.float64))
     return schedule.noise_std(last * (torch.arange(count, dtype=torch.float64) + 0.5) / count).numpy()
+
+
+def _means(
+    system: System, simulate: Simulate, dynamics: Dynamics, parts: Sequence[Part], heard: Callable[[int], None]
+) -> list[np.ndarray]:
+    """Of every part, in this process where that is soon done, else on actors."""
+    from dig_scale.simulation.posterior import MeansOfPart, steps_of
+    from dig_scale.simulation.potential import PotentialOptions, potential_for
+    from dig_scale.simulation.potential_actors import crew_of, worth_actors
+
+    here, work, found = potential_for(system, simulate, PotentialOptions(threads=1)), MeansOfPart(dynamics), []
+    if worth_actors(here, sum(steps_of(part.noise_std, dynamics)[0] * len(part.start) for part in parts)):
+        with crew_of(system, simulate, len(parts)) as crew:
+            # the longest are the last
+            return crew(work, parts[::-1], heard)[::-1]
+    for part in parts:
+        found.append(work(here, part))
+        heard(len(found))
+    return found

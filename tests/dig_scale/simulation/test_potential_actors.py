@@ -10,8 +10,9 @@ import torch
 from dig_scale.config import Simulate, SystemSpec
 from dig_scale.importers import system_from_spec
 from dig_scale.simulation.engine import SimulationError
+from dig_scale.simulation.posterior import Dynamics, MeansOfPart, Part
 from dig_scale.simulation.potential import PotentialOptions, potential_for
-from dig_scale.simulation.potential_actors import potential_for_many, potential_on_actors
+from dig_scale.simulation.potential_actors import crew_of, potential_for_many, potential_on_actors
 from dig_scale.system import System
 from tests.simulation_runs import ray_session
 
@@ -47,10 +48,23 @@ def test_killed_actor_is_replaced_and_its_piece_computed_again(ray_session: None
     with potential_on_actors(dipeptide, FLEXIBLE, len(x), PotentialOptions(actors=1)) as potential:
         before = potential.energy_and_forces(x)
         running = psutil.Process().children(recursive=True)
-        (worker,) = [process for process in running if "_Evaluator" in " ".join(process.cmdline())]
+        (worker,) = [process for process in running if "_Worker" in " ".join(process.cmdline())]
         worker.kill()
         after = potential.energy_and_forces(x)
     assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
+
+
+def test_a_crew_works_off_any_list_in_order_and_tells_how_far_it_is(ray_session: None, dipeptide: System) -> None:
+    x = _shaken(dipeptide, 9)
+    work = MeansOfPart(Dynamics(step=0.02, periods=1))
+    parts = [Part(x[low : low + 3], np.full(3, 0.05), x[low : low + 3], (7, low)) for low in (0, 3, 6)]
+    here = potential_for(dipeptide, FLEXIBLE, PotentialOptions(threads=1))
+    heard: list[int] = []
+    with crew_of(dipeptide, FLEXIBLE, len(parts), PotentialOptions(actors=2)) as crew:
+        found = crew(work, parts, heard.append)
+    assert heard == [1, 2, 3]
+    for means, part in zip(found, parts, strict=True):
+        assert np.array_equal(means, work(here, part))
 
 
 def test_few_structures_stay_in_this_process(dipeptide: System) -> None:
