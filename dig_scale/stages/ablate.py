@@ -38,8 +38,8 @@ from dig_scale.system import Frames
 
 JSON_NAME, CSV_NAME = "ablation.json", "ablation.csv"
 _PLAN = "steps.json"
-_TIMED_STEPS = 24
-"""Of which the later half is timed; a multiple of the usual `train.physics_informed.every`."""
+_TIMED_WINDOWS, _FEWEST_IN_WINDOW = 8, 8
+"""Of steps of a training, each with one evaluation of the physics-informed loss at least."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,17 @@ def _budgeted(arms: Sequence[Arm], settings: Ablate, out: Path) -> list[Arm]:
 
 
 def _seconds_per_step(arm: Arm) -> float:
-    """Mean time of the later half of a short training."""
+    """Median over windows of a short training of their mean times; the first window, where all is set up, is left out."""
     from dig_scale.training.metrics import read_metrics
 
-    folder, every = arm.folder / "timing", {"log_every": _TIMED_STEPS // 2, "checkpoint_every": _TIMED_STEPS}
-    train_stage(_with_train(_with_steps(arm, _TIMED_STEPS).recipe, every), arm.dataset, folder)
+    assert arm.recipe.train is not None
+    physics = arm.recipe.train.physics_informed
+    window = max(_FEWEST_IN_WINDOW, physics.every if physics is not None else 1)
+    folder, steps = arm.folder / "timing", _TIMED_WINDOWS * window
+    logged = {"log_every": window, "checkpoint_every": steps, "validate_every": steps}
+    train_stage(_with_train(_with_steps(arm, steps).recipe, logged), arm.dataset, folder)
     rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
-    return float(rows[-1]["step_ms_mean"]) / 1e3
+    return float(np.median([row["step_ms_mean"] for row in rows[1:]])) / 1e3
 
 
 def _with_steps(arm: Arm, steps: int) -> Arm:
