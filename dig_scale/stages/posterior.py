@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,16 +55,17 @@ def posterior_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> Pairs
     Raises UserError: a recipe without [simulate] or [train.posterior], heavy atoms alone, systems whose cell or frames diffuse.
     """
     settings, simulate = _required(recipe)
-    paths = [path for folder in folders for path in records.find_trajectories(folder)]
+    paths = {f"{p.parent.name}/{p.name}": p for folder in folders for p in records.find_trajectories(folder)}
+    if len(paths) < sum(len(records.find_trajectories(folder)) for folder in folders):
+        raise UserError("two trajectories have the same name and folder name; give them one `dig-scale posterior` each")
     claim(out, _identity(recipe, settings, simulate, paths))
     cost = json.loads((out / COST).read_text()) if (out / COST).is_file() else {}
     with stage("posterior") as report:
-        for number, path in enumerate(paths):
-            store = out / "trajectories" / path.parent.name / path.name
-            if store.name not in cost:
-                begin = time.perf_counter()
+        for number, (name, path) in enumerate(paths.items()):
+            if name not in cost:
+                begin, store = time.perf_counter(), out / "trajectories" / name
                 counts = _write(recipe, settings, simulate, path, store, _part_of(report, number, len(paths)))
-                cost[store.name] = {"seconds": time.perf_counter() - begin, **counts}
+                cost[name] = {"seconds": time.perf_counter() - begin, **counts}
                 replace_durably(out / COST, json.dumps(cost, indent=1).encode())
         pack = (recipe.pack or Pack()).model_copy(
             update={"temperature": simulate.temperature, "validation_fraction": 0.0}
@@ -85,10 +86,10 @@ def _required(recipe: Recipe) -> tuple[Posterior, Simulate]:
     return settings, recipe.simulate
 
 
-def _identity(recipe: Recipe, settings: Posterior, simulate: Simulate, paths: Sequence[Path]) -> dict[str, Any]:
+def _identity(recipe: Recipe, settings: Posterior, simulate: Simulate, names: Iterable[str]) -> dict[str, Any]:
     assert recipe.train is not None
     return {
-        "trajectories": [path.name for path in paths],
+        "trajectories": list(names),
         "simulate": simulate.model_dump(mode="json"),
         "diffusion": recipe.diffusion.model_dump(mode="json"),
         "posterior": settings.model_dump(mode="json", exclude={"pairs", "batch"}),
@@ -142,6 +143,10 @@ def noise_levels(recipe: Recipe, settings: Posterior, system: System, count: int
         )
     schedule = schedule_from(recipe.diffusion)
     last = schedule.time_of(torch.tensor(settings.noise_max, dtype=torch.float64))
+    if not 0 < last < 1:
+        raise UserError(
+            f"train.posterior.noise_max = {settings.noise_max:g} Å is not between the noise levels of [diffusion]"
+        )
     return schedule.noise_std(last * (torch.arange(count, dtype=torch.float64) + 0.5) / count).numpy()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,9 @@ from dig_scale.training.metrics import read_metrics
 from dig_scale.training.posterior import PosteriorData, open_posterior
 from dig_scale.training.trainer import train
 from dig_scale.training.zero import Ranks
-from tests.dig_scale.training.small_runs import write_shaken
+from tests.dig_scale.training.small_runs import one_rank, write_shaken
+
+__all__ = ["one_rank"]
 
 FRAMES, NOISE_MAX = 12, 0.1
 SPEC = SystemSpec(name="ala2", sequence="ACE-ALA-NME")
@@ -110,6 +111,10 @@ def test_what_does_not_serve_is_refused(pairs: Pairs, trajectories: Path, tmp_pa
         posterior_stage(recipe(None), [trajectories], tmp_path / "a")
     with pytest.raises(UserError, match=r"has no \[simulate\] section"):
         posterior_stage(recipe().model_copy(update={"simulate": None}), [trajectories], tmp_path / "b")
+    with pytest.raises(UserError, match="is not between the noise levels"):
+        posterior_stage(recipe({"noise_max": 50.0}), [trajectories], tmp_path / "e")
+    with pytest.raises(UserError, match="two trajectories have the same name"):
+        posterior_stage(recipe(), [trajectories, trajectories], tmp_path / "d")
     heavy = recipe().model_copy(update={"pack": recipe().pack.model_copy(update={"atoms": "heavy"})})
     with pytest.raises(UserError, match=r"set pack.atoms = \"all\""):
         posterior_stage(heavy, [trajectories], tmp_path / "c")
@@ -160,16 +165,6 @@ def test_pairs_that_do_not_serve_are_refused(pairs: Pairs, trajectories: Path) -
     assert trained is not None
     with pytest.raises(TrainingError, match=r"batch = 9 is not a multiple of 2 ranks"):
         open_posterior(settings, trained, rank(0, 2))
-
-
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, str(value))
 
 
 @pytest.mark.usefixtures("one_rank")

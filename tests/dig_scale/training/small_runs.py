@@ -1,12 +1,14 @@
-"""A packed dataset of thermally shaken molecules and recipes that train on it in seconds."""
+"""A packed dataset of thermally shaken molecules and recipes that train on it in seconds, by this process alone."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from dig_shards import TrajectoryWriter
 
 from dig_scale.config import Recipe
@@ -52,3 +54,14 @@ def make_dataset(folder: Path, systems: Sequence[System], frames: int) -> Path:
         write_shaken(system, folder / "trajectories" / f"{system.name}.zarr", frames, number)
     pack_dataset(small_recipe(), [folder / "trajectories"], folder / "dataset")
     return folder / "dataset"
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is the only rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, str(value))

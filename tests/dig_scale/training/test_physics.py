@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from dig_scale.training.physics import PhysicsBatch, PhysicsData, open_candidate
 from dig_scale.training.trainer import train
 from dig_scale.training.zero import Ranks
 from dig_scale.units import thermal_energy
-from tests.dig_scale.training.small_runs import make_dataset, small_recipe
+from tests.dig_scale.training.small_runs import make_dataset, one_rank, small_recipe
 from tests.molecules import alanine_dipeptide_heavy
+
+__all__ = ["one_rank"]
 
 KT = thermal_energy(300.0)
 STIFFNESS = 100.0
@@ -98,16 +99,6 @@ def test_data_or_settings_that_do_not_serve_are_refused(with_forces: Path, tmp_p
         opened(small_recipe(physics_informed=PHYSICS, zero_stage=3), with_forces)
     with pytest.raises(TrainingError, match="leaves steps without a loss"):
         opened(small_recipe(physics_informed=PHYSICS | {"every": 2, "denoising_weight": 0.0}), with_forces)
-
-
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, str(value))
 
 
 @pytest.mark.usefixtures("one_rank")
