@@ -23,7 +23,7 @@ from dig_scale.sampling.likelihood import Exact, LikelihoodSettings, log_density
 
 PHI, PSI = "dihedral:4,6,8,10", "dihedral:6,8,10,16"
 LEFT, RIGHT = f"left:{PHI}:-180:0", f"right:{PHI}:0:180"
-HELD_OUT, DRAWN, WEIGHED, OF_EACH_STATE = 2_000, 16_000, 400, 300
+HELD_OUT, DRAWN, WEIGHED, OF_EACH_STATE = 2_000, 12_000, 250, 300
 WINDOW = (120.0, 180.0)
 """Degrees of psi that guided samples are asked for."""
 C7_EQUATORIAL, C7_AXIAL = (-80.0, 75.0), (70.0, -60.0)
