@@ -55,8 +55,9 @@ def posterior_stage(recipe: Recipe, folders: Sequence[Path], out: Path) -> Pairs
     Raises UserError: a recipe without [simulate] or [train.posterior], heavy atoms alone, systems whose cell or frames diffuse.
     """
     settings, simulate = _required(recipe)
-    paths = {f"{p.parent.name}/{p.name}": p for folder in folders for p in records.find_trajectories(folder)}
-    if len(paths) < sum(len(records.find_trajectories(folder)) for folder in folders):
+    found = [path for folder in folders for path in records.find_trajectories(folder)]
+    paths = {f"{path.parent.name}/{path.name}": path for path in found}
+    if len(paths) < len(found):
         raise UserError("two trajectories have the same name and folder name; give them one `dig-scale posterior` each")
     claim(out, _identity(recipe, settings, simulate, paths))
     cost = json.loads((out / COST).read_text()) if (out / COST).is_file() else {}
@@ -136,18 +137,15 @@ def noise_levels(recipe: Recipe, settings: Posterior, system: System, count: int
     """Noise levels [count] in Å up to settings.noise_max, rising, evenly spread in the recipe's diffusion time."""
     from dig_scale.diffusion.composition import composition_for
     from dig_scale.diffusion.schedule import schedule_from
+    from dig_scale.training.posterior import share_of_times
 
     if set(composition_for(system.kind, recipe.diffusion).fields) != {records.POSITIONS}:
         raise UserError(
             f"system {system.name!r}: `dig-scale posterior` takes systems of atoms, whose positions alone diffuse"
         )
-    schedule = schedule_from(recipe.diffusion)
-    last = schedule.time_of(torch.tensor(settings.noise_max, dtype=torch.float64))
-    if not 0 < last < 1:
-        raise UserError(
-            f"train.posterior.noise_max = {settings.noise_max:g} Å is not between the noise levels of [diffusion]"
-        )
-    return schedule.noise_std(last * (torch.arange(count, dtype=torch.float64) + 0.5) / count).numpy()
+    last = share_of_times(recipe.diffusion, settings)
+    times = last * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return schedule_from(recipe.diffusion).noise_std(times).numpy()
 
 
 def _means(

@@ -15,9 +15,10 @@ from dig_shards.manifest import TRAIN
 from torch import Tensor
 
 from dig_scale.batch import State
-from dig_scale.config import Posterior, Recipe
+from dig_scale.config import Diffusion, Posterior, Recipe
 from dig_scale.diffusion.composition import Composition
 from dig_scale.diffusion.euclidean import VariancePreserving
+from dig_scale.diffusion.schedule import schedule_from
 from dig_scale.errors import TrainingError
 from dig_scale.records import LABEL, NOISE_STD, NOISED, POSITIONS
 from dig_scale.training.data import MicroBatch, TrainingData, counter_generator, open_split
@@ -62,6 +63,16 @@ def schedule_time(composition: Composition, noise_std: Tensor) -> Tensor:
     return process.schedule.time_of(noise_std)
 
 
+def share_of_times(diffusion: Diffusion, settings: Posterior) -> float:
+    """t at settings.noise_max; raises TrainingError where that leaves nothing to the pairs, or nothing to the frames."""
+    share = float(schedule_from(diffusion).time_of(torch.tensor(settings.noise_max, dtype=torch.float64)))
+    if not 0 < share < 1:
+        raise TrainingError(
+            f"train.posterior.noise_max = {settings.noise_max:g} Å is not between the noise levels of [diffusion]"
+        )
+    return share
+
+
 def open_posterior(recipe: Recipe, trained: TrainingData, ranks: Ranks) -> PosteriorData | None:
     """The pairs that a recipe learns from, or None where it does not.
 
@@ -92,9 +103,4 @@ def open_posterior(recipe: Recipe, trained: TrainingData, ranks: Ranks) -> Poste
                 f"{settings.pairs}: frames of system {system.name!r} have no noised structures; it is no dataset of `dig-scale "
                 "posterior`"
             )
-    share = float(schedule_time(data.compositions[0], torch.tensor([settings.noise_max], dtype=torch.float64)))
-    if not 0 < share < 1:
-        raise TrainingError(
-            f"train.posterior.noise_max = {settings.noise_max:g} Å is not between the noise levels of [diffusion]"
-        )
-    return PosteriorData(data, settings, share, recipe.train.seed)
+    return PosteriorData(data, settings, share_of_times(recipe.diffusion, settings), recipe.train.seed)

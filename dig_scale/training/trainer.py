@@ -257,7 +257,7 @@ def _one_step(run: Run, step: int, item: StepInput, window: metrics.Window) -> N
     """Forward, backward and update of one global batch; adds to `window`."""
     total = torch.zeros((), device=run.ranks.device)
     count = len(item.micro_batches)
-    share = 1.0 if run.posterior is None else 1 - run.posterior.share
+    share = 1 - run.data.first_time
     for number, micro in enumerate(item.micro_batches):
         loss = share * _denoising(run, micro, window)
         if number + 1 == count:

@@ -6,7 +6,6 @@ From BOND to `polymers` stands the whole extension, a ring polymer of coloured b
 from __future__ import annotations
 
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,9 @@ from dig_scale.system import System
 from dig_scale.training.data import open_split
 from dig_scale.training.metrics import read_metrics
 from dig_scale.training.trainer import train
-from tests.dig_scale.training.small_runs import make_dataset, small_recipe
+from tests.dig_scale.training.small_runs import make_dataset, one_rank, small_recipe
+
+__all__ = ["one_rank"]
 
 BOND = 3.0
 
@@ -65,16 +66,6 @@ def polymers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kind, registered."""
     monkeypatch.setitem(FEATURES, "polymer", polymer)
     monkeypatch.setitem(COMPOSITIONS, "polymer", positions_alone)
-
-
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, str(value))
 
 
 @pytest.mark.usefixtures("polymers", "one_rank")
