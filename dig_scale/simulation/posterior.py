@@ -39,28 +39,28 @@ def posterior_means(
     noised: np.ndarray,
     noise_std: np.ndarray,
     start: np.ndarray,
-    mobile: np.ndarray,
     dynamics: Dynamics,
     generator: np.random.Generator,
 ) -> np.ndarray:
     """Means [F, N, 3] Å of clean structures given noised ones [F, N, 3] at levels [F] Å, NaN where the dynamics left all numbers.
 
-    Sites that are not mobile [N] stay at `start`. A system without fixed sites moves as a whole, too: take its centre out.
+    Sites that are not mobile stay at `start`. A system without fixed sites moves as a whole, too: take its centre out.
     All rows take the steps of the longest; give rows of like noise levels together.
     """
     steps, size = steps_of(noise_std, dynamics)
-    restraint = _Restrained(potential, noised, noise_std[:, None, None] ** 2, mobile[:, None])
+    mobile = potential.system.mobile[:, None]
+    restraint = _Restrained(potential, noised, noise_std[:, None, None] ** 2, mobile)
     h = size[:, None, None]
     keep = np.exp(-h / noise_std[:, None, None])
     spread = np.sqrt(1 - keep**2)
     x = start.astype(np.float64)
-    v = generator.standard_normal(x.shape) * mobile[:, None]
+    v = generator.standard_normal(x.shape) * mobile
     total, push = np.zeros_like(x), restraint.force(x)
     with np.errstate(over="ignore", invalid="ignore"):
         for number in range(steps):
             v = v + 0.5 * h * push
             x = x + 0.5 * h * v
-            v = keep * v + spread * generator.standard_normal(x.shape) * mobile[:, None]
+            v = keep * v + spread * generator.standard_normal(x.shape) * mobile
             x = x + 0.5 * h * v
             push = restraint.force(x)
             v = v + 0.5 * h * push
@@ -107,5 +107,5 @@ class MeansOfPart:
 
     def __call__(self, potential: Potential, part: Part) -> np.ndarray:
         """[F, N, 3] Å."""
-        given = (part.noised, part.noise_std, part.start, potential.system.mobile)
-        return posterior_means(potential, *given, self.dynamics, np.random.default_rng(part.seed))
+        generator = np.random.default_rng(part.seed)
+        return posterior_means(potential, part.noised, part.noise_std, part.start, self.dynamics, generator)

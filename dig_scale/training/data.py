@@ -190,6 +190,16 @@ def open_split(dataset: Path, split: str, recipe: Recipe, device: torch.device) 
     return TrainingData(reader, systems, on_device, on_host, compositions, recipe.model.conditions)
 
 
+def require_positions_alone(data: TrainingData, taker: str) -> None:
+    """Raises TrainingError for a system whose state is more than positions, which `taker` of the recipe cannot take."""
+    for system, composition in zip(data.systems, data.compositions, strict=True):
+        if set(composition.fields) != {POSITIONS}:
+            raise TrainingError(
+                f"system {system.name!r} diffuses in {', '.join(composition.fields)}, but {taker} takes systems of atoms, whose "
+                "positions alone do"
+            )
+
+
 def _require_alike(dataset: Path, systems: tuple[System, ...], compositions: tuple[Composition, ...]) -> None:
     processes = [{name: field.process for name, field in one.fields.items()} for one in compositions]
     for system, found in zip(systems, processes, strict=True):

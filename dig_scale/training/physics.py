@@ -30,8 +30,8 @@ from dig_scale.objectives.physics_informed import (
     random_signs,
 )
 from dig_scale.records import FORCES
-from dig_scale.training.data import TrainingData, counter_generator, noise_rows, open_split
-from dig_scale.training.zero import Ranks
+from dig_scale.training.data import TrainingData, counter_generator, noise_rows, open_split, require_positions_alone
+from dig_scale.training.zero import Ranks, rows_per_rank
 from dig_scale.units import thermal_energy
 
 _BLOCK = 4096
@@ -108,16 +108,12 @@ def open_candidates(recipe: Recipe, dataset: Path, ranks: Ranks) -> PhysicsData 
     data = open_split(folder, TRAIN, recipe, ranks.device)
     if data is None:
         raise TrainingError(f"{folder}: the train split has no frames to take candidates from; pack it again")
-    for system, entry, composition in zip(data.systems, data.reader.systems, data.compositions, strict=True):
+    require_positions_alone(data, "train.physics_informed")
+    for system, entry in zip(data.systems, data.reader.systems, strict=True):
         if FORCES not in [spec.name for spec in entry.fields]:
             raise TrainingError(
                 f"{folder}: frames of system {system.name!r} have no forces; pack all atoms (pack.atoms = 'all') of "
                 "trajectories that have them, or compute them with `dig-scale relabel`"
-            )
-        if set(composition.fields) != {"positions"}:
-            raise TrainingError(
-                f"{folder}: system {system.name!r} diffuses in {', '.join(composition.fields)}, but forces act on positions "
-                "alone; train.physics_informed takes systems of atoms"
             )
     kelvin = _temperature(recipe, settings)
     return PhysicsData(data, _accepted(data, settings), thermal_energy(kelvin), settings, recipe.train.seed)
@@ -126,10 +122,7 @@ def open_candidates(recipe: Recipe, dataset: Path, ranks: Ranks) -> PhysicsData 
 def _require_settings(recipe: Recipe, settings: PhysicsInformed, ranks: Ranks) -> None:
     train = recipe.train
     assert train is not None
-    if settings.batch % ranks.world_size:
-        raise TrainingError(
-            f"train.physics_informed.batch = {settings.batch} is not a multiple of {ranks.world_size} ranks; change either"
-        )
+    rows_per_rank("train.physics_informed.batch", settings.batch, ranks.world_size)
     if settings.every > 1 and settings.denoising_weight == 0:
         raise TrainingError(
             f"train.physics_informed.every = {settings.every} leaves steps without a loss where denoising_weight = 0; use 1"

@@ -21,8 +21,8 @@ from dig_scale.diffusion.euclidean import VariancePreserving
 from dig_scale.diffusion.schedule import schedule_from
 from dig_scale.errors import TrainingError
 from dig_scale.records import LABEL, NOISE_STD, NOISED, POSITIONS
-from dig_scale.training.data import MicroBatch, TrainingData, counter_generator, open_split
-from dig_scale.training.zero import Ranks
+from dig_scale.training.data import MicroBatch, TrainingData, counter_generator, open_split, require_positions_alone
+from dig_scale.training.zero import Ranks, rows_per_rank
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,12 @@ def open_posterior(recipe: Recipe, trained: TrainingData, ranks: Ranks) -> Poste
         return None
     if settings.pairs is None:
         raise TrainingError("train.posterior.pairs names no dataset; make one with `dig-scale posterior`")
-    if settings.batch % ranks.world_size:
-        raise TrainingError(
-            f"train.posterior.batch = {settings.batch} is not a multiple of {ranks.world_size} ranks; change either"
-        )
+    rows_per_rank("train.posterior.batch", settings.batch, ranks.world_size)
     data = open_split(settings.pairs, TRAIN, recipe, ranks.device)
     if data is None:
         raise TrainingError(f"{settings.pairs}: no pairs; make them again with `dig-scale posterior`")
     for one in (trained, data):
-        for system, composition in zip(one.systems, one.compositions, strict=True):
-            if set(composition.fields) != {POSITIONS}:
-                raise TrainingError(
-                    f"system {system.name!r} diffuses in {', '.join(composition.fields)}, but train.posterior takes systems of "
-                    "atoms, whose positions alone do"
-                )
+        require_positions_alone(one, "train.posterior")
     for system, entry in zip(data.systems, data.reader.systems, strict=True):
         if NOISED not in [spec.name for spec in entry.fields]:
             raise TrainingError(

@@ -107,13 +107,16 @@ def leave_ranks() -> None:
         comm.destroy_process_group()
 
 
+def rows_per_rank(name: str, batch: int, world_size: int) -> int:
+    """Rows of each rank of a batch that the recipe calls `name`; raises TrainingError where it does not split evenly."""
+    if batch % world_size:
+        raise TrainingError(f"{name} = {batch} is not a multiple of {world_size} ranks; change either")
+    return batch // world_size
+
+
 def share_of(train: Train, world_size: int) -> Share:
     """Micro-batch and accumulation steps of each rank; raises TrainingError when the global batch does not divide."""
-    if train.global_batch % world_size:
-        raise TrainingError(
-            f"train.global_batch = {train.global_batch} is not a multiple of {world_size} ranks; change either"
-        )
-    rows = train.global_batch // world_size
+    rows = rows_per_rank("train.global_batch", train.global_batch, world_size)
     micro = train.micro_batch or rows
     if rows % micro:
         raise TrainingError(
