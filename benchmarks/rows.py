@@ -68,6 +68,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": model or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "threads_per_process": os.environ.get("OMP_NUM_THREADS", "as many as cores"),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
