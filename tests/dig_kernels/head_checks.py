@@ -17,8 +17,8 @@ from torch import Tensor
 OUTPUT, GRADIENT = 1e-5, 1e-4
 BF16_FLOOR = 2e-3
 """Relative to the largest element."""
-SMALL = 0.1
-"""What is smaller is held to this: a gradient whose terms, of order 1 to 10, cancel exactly keeps their rounding."""
+NOTHING, TERMS = 1e-6, 0.1
+"""What the oracle has below `NOTHING` are terms that cancel, which are larger than `TERMS` and keep their rounding."""
 
 Operator = Callable[[Sequence[Tensor], Backend], tuple[Tensor, ...]]
 
@@ -37,10 +37,11 @@ def evaluate(
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected element, or over `SMALL` if that is smaller; 0 of an empty one."""
+    """Largest difference over the largest expected element, or over `TERMS` where that is nothing; 0 of an empty one."""
     if not expected.numel():
         return 0.0
-    return float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=SMALL))
+    largest = float(expected.abs().max())
+    return float((found.double() - expected).abs().max()) / (largest if largest > NOTHING else TERMS)
 
 
 def worst_errors(operator: Operator, inputs: Sequence[Tensor], backend: Backend) -> tuple[float, float]:
