@@ -10,6 +10,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -185,26 +186,49 @@ def _around(degrees: np.ndarray) -> np.ndarray:
 
 
 def cost_rows(runs: Path) -> list[Row]:
-    """Seconds and network calls of exact log-densities in one process: nothing, directions, and frames batched.
+    """Seconds and network calls of exact log-densities: nothing, directions, and frames batched, and batches on all cores.
 
-    What is not batched takes long, so it is measured on frames that are evenly spread over those of the batch.
+    What is not batched takes long, so it is measured on frames that are evenly spread over those of the batch. All cores are
+    there for each: for the operations of one process, or for a process each, as in `dig-scale density`.
     """
-    model = _model(runs)
+    from dig_scale.serving.processes import process_count
+
+    model, processes = _model(runs), process_count(None)
     frames = _held_out_frames(model)
-    frames = frames.take(evenly_spread(frames.n_samples, COSTED))
-    some = frames.take(np.arange(0, COSTED, COSTED // ALONE))
+    frames = frames.take(evenly_spread(frames.n_samples, COSTED * processes))
+    batch = frames.take(np.arange(0, frames.n_samples, processes))
+    some = batch.take(np.arange(0, COSTED, COSTED // ALONE))
     alone = _cost(model, some, 1, Exact(chunk=1))
     directions = _cost(model, some, 1, Exact())
-    batched = _cost(model, frames, COSTED, Exact())
+    batched = _cost(model, batch, COSTED, Exact())
+    everywhere = _seconds_by_processes(model, frames)
     what = "ala2: exact log-density"
     return [
         note(f"{what}, a frame and a direction at a time", alone.seconds, "s/frame"),
         note(f"{what}, a frame at a time, all directions of the trace at once", directions.seconds, "s/frame"),
         note(f"{what}, {COSTED} frames at a time", batched.seconds, "s/frame"),
+        note(f"{what}, {COSTED} frames at a time in each of {processes} processes", everywhere, "s/frame"),
         note("ala2: calls of the network for a frame alone", alone.calls),
-        at_least("ala2: batched over one at a time", alone.seconds / batched.seconds, "x", 5),
+        note("ala2: batched over one at a time, in one process", alone.seconds / batched.seconds, "x"),
+        at_least("ala2: batched over one at a time, as the command does it", alone.seconds / everywhere, "x", 5),
         note("ala2: frames batched over directions batched", directions.seconds / batched.seconds, "x"),
     ]
+
+
+def _seconds_by_processes(model: Path, frames: Ensemble) -> float:
+    """Per frame, by `dig-scale density`'s own batches and processes, whose start is among them."""
+    import torch
+
+    from dig_scale.serving.densities import DensityRun, Structures, log_densities
+    from dig_scale.serving.served import load_served_model
+
+    served = load_served_model(model, torch.device("cpu"))
+    structures = Structures(frames.system, frames.positions)
+    run = DensityRun(model, served.checkpoint_id, structures, LikelihoodSettings(), batch=COSTED)
+    with TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        log_densities(run, Path(folder))
+        return (time.perf_counter() - begin) / frames.n_samples
 
 
 @dataclass(frozen=True)
@@ -237,7 +261,10 @@ def ablation_rows(runs: Path) -> list[Row]:
     table = json.loads((out / "ablation.json").read_text())
     rows = [note("PIDP on alanine dipeptide: simulation and three trainings", minutes, "min")]
     for one in table["rows"]:
-        rows.append(note(f"PIDP on alanine dipeptide: JS(phi, psi), {one['training']}", one["divergence"], "nat"))
+        about = f"PIDP on alanine dipeptide, {one['training']}"
+        rows.append(note(f"{about}: steps", one["steps"], "steps"))
+        rows.append(note(f"{about}: JS(phi, psi)", one["divergence"], "nat"))
+        rows.append(note(f"{about}: standard error of that", one["divergence_error"], "nat"))
     return [*rows, at_least("PIDP on alanine dipeptide: JS lowered by the energy", 100 * table["gain"], "%", 30)]
 
 
