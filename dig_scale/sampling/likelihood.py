@@ -86,7 +86,7 @@ class Hutchinson:
 @dataclass(frozen=True)
 class LikelihoodSettings:
     """How the ODE is integrated and its divergence taken; with adaptive steps the nodes of the integral of the divergence are
-    doubled until that changes it by `tolerance` nat at most, which overstates its error."""
+    doubled until that changes it by `tolerance` nat at most."""
 
     integration: Integration = field(default_factory=Integration)
     divergence: Exact | Hutchinson = field(default_factory=Exact)
